@@ -2,7 +2,7 @@
 
     python sample.py runs/NAME                                        # an 8 x 8 grid, next to the checkpoint
     python sample.py runs/A runs/B --n 12 --out rows.png              # a row per checkpoint, same noise in a column
-    torchrun --nproc_per_node=4 sample.py runs/NAME --n 50000 --out samples.npz
+    torchrun --nproc_per_node=4 -- sample.py runs/NAME --n 50000 --out samples.npz   # the -- keeps --n from torchrun
 
 Image i is made from a seed of its own, so it does not depend on the number of ranks or on --batch. EMA weights are
 used, as in [P] Sec. 4 (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 evaluations) or adaptive RK45.

@@ -572,8 +572,8 @@ def load_image(path, resolution):
     """Read, box-halve, resize bicubically and center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     try:
         image = Image.open(path).convert("RGB")
-    except OSError:
-        fail(f"{path} is not an image that Pillow reads: replace it or take it out of the folder")
+    except OSError as error:
+        raise ValueError(f"{path} is not an image that Pillow reads: replace it or take it out") from error
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
     scale = resolution / min(image.size)
@@ -619,10 +619,18 @@ def read_folder(root, split, resolution):
     if cache.is_file():
         with np.load(cache, allow_pickle=False) as stored:
             return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]), classes
-    with ThreadPoolExecutor() as pool:
-        jobs = pool.map(lambda file: load_image(file, resolution), files)
-        bar = tqdm(jobs, total=len(files), desc=f"reading {root.name}/{split}", unit="img", mininterval=1)
-        images, labels = np.stack(list(bar)), np.array(labels, np.int64)
+    bar = tqdm(total=len(files), desc=f"reading {root.name}/{split}", unit="img", mininterval=1)
+    images = np.empty((len(files), 3, resolution, resolution), np.uint8)
+    try:
+        with ThreadPoolExecutor() as pool:
+            for i, image in enumerate(pool.map(lambda file: load_image(file, resolution), files)):
+                images[i] = image
+                bar.update()
+    except ValueError as error:
+        bar.close()
+        fail(error)
+    bar.close()
+    labels = np.array(labels, np.int64)
     try:
         cache.parent.mkdir(exist_ok=True)
         tmp = cache.with_suffix(f".{os.getpid()}.tmp")

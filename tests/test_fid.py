@@ -1,0 +1,362 @@
+"""fid.py: the Inception and both numbers against the golden data and closed forms; references; the user's mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT, Golden
+from PIL import Image
+from torch import nn
+
+import fid
+import train_unet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads wait for each other on a busy machine: these tests took three times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of random Inception weights, under the official names."""
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(Golden("inception").weights(), path)
+    return str(path)
+
+
+class FakeInception(nn.Module):
+    """Colour means, repeated to 2048 features: what references and ranks do does not depend on the network."""
+
+    path, sha256 = "fake", "0" * 64
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        feat = x.mean((2, 3)).repeat(1, 683)[:, :2048]
+        return feat, feat[:, :1008].double()
+
+
+def random_images(n, size=16, seed=0):
+    return np.random.RandomState(seed).randint(256, size=(n, size, size, 3), dtype=np.uint8)
+
+
+def write_npz(path, images):
+    np.savez(path, arr_0=images)
+    return str(path)
+
+
+def write_folder(path, images):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:06d}.png")
+    return path
+
+
+def run(*argv):
+    fid.main(fid.parse_args([*map(str, argv), "--device", "cpu"]))
+
+
+def error_of(capsys, call, *argv):
+    """The one error line of a call that must end with exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+# ---- The Inception ---------------------------------------------------------------------------------
+def resize_tensorflow1(images):
+    """torch-fidelity's preprocessing: output pixel i reads input position i * in / 299, borders clamped."""
+    side = images.shape[-1]
+    place = torch.arange(299) * (side / 299)
+    low = place.long()
+    high, w = (low + 1).clamp(max=side - 1), place - low
+    x = images.float()
+    x = x[:, :, low] * (1 - w)[:, None] + x[:, :, high] * w[:, None]
+    return (x[..., low] * (1 - w) + x[..., high] * w - 128) / 128
+
+
+@torch.no_grad()
+def test_inception_equals_both_libraries(golden):
+    record = golden("inception")
+    inception = fid.Inception().eval()
+    assert {name: list(t.shape) for name, t in inception.state_dict().items()} == {
+        name: list(shape) for name, shape in record.shapes.items()
+    }
+    inception.load_state_dict(record.weights())
+    taps = {}
+    for name, tap in (("maxpool1", "64"), ("maxpool2", "192"), ("Mixed_6e", "768")):
+        module = inception.get_submodule(name)
+        module.register_forward_hook(lambda _m, _x, out, tap=tap: taps.update({tap: out.mean((2, 3))}))
+    small = record.inputs["small_uint8"]
+    large = record.inputs["base_uint8"].repeat_interleave(13, 2).repeat_interleave(13, 3)
+    for case, images, resize in (
+        ("fid_{}_small", small, fid.preprocess),
+        ("fid_{}_large", large, fid.preprocess),
+        ("fidelity_{}_small", small, resize_tensorflow1),
+    ):
+        feat, unbiased = inception(resize(images))
+        for tap, value in (*taps.items(), ("2048", feat), ("logits", unbiased + inception.fc.bias)):
+            record.check(case.format(tap), value)
+        if "fidelity" in case:
+            record.check(case.format("logits_unbiased"), unbiased)
+
+
+def test_missing_weights_without_network(capsys, monkeypatch, tmp_path):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    message = error_of(capsys, fid.load_inception, None, "cpu")
+    where = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    assert fid.WEIGHTS_URL in message and str(where) in message and "--weights" in message
+
+
+def test_wrong_weights(capsys, tmp_path):
+    path = tmp_path / "weights.pth"
+    assert "does not exist" in error_of(capsys, fid.load_inception, path, "cpu")
+    path.write_text("not a checkpoint")
+    assert "damaged" in error_of(capsys, fid.load_inception, path, "cpu")
+    torch.save({"conv.weight": torch.zeros(1)}, path)
+    assert "another network" in error_of(capsys, fid.load_inception, path, "cpu")
+
+
+# ---- Frechet distance and Inception Score ----------------------------------------------------------
+def gaussian_of(feat):
+    """Mean and covariance by fid.Sums, in uneven pieces."""
+    sums = fid.Sums(feat.shape[1], 2)
+    for piece in feat.split(max(2, len(feat) // 3)):
+        sums.update(piece, torch.zeros(len(piece), 2), torch.zeros(len(piece), dtype=torch.int64))
+    return sums.gaussian()
+
+
+def test_frechet_distance_golden(golden):
+    record = golden("metrics")
+    a, b, a_few, b_few = (gaussian_of(record.inputs[name]) for name in ("a", "b", "a_few", "b_few"))
+    record.check("frechet", fid.frechet_distance(*a, *b))
+    assert fid.frechet_distance(*a, *b) == pytest.approx(record.outputs["frechet"], rel=1e-9)
+    assert fid.frechet_distance(*b, *a) == pytest.approx(record.outputs["frechet_fidelity"], rel=1e-9)
+    record.check("frechet_self", fid.frechet_distance(*a, *a))
+    record.check("frechet_few", fid.frechet_distance(*a_few, *b_few))
+
+
+def test_frechet_distance_closed_forms():
+    draw = torch.Generator().manual_seed(0)
+    mean_a, mean_b, u, v = (torch.randn(12, generator=draw, dtype=torch.float64) for _ in range(4))
+    gap = (mean_a - mean_b).square().sum().item()
+    a, b = (torch.cov(torch.randn(12, 40, generator=draw, dtype=torch.float64)) for _ in range(2))
+    assert fid.frechet_distance(mean_a, a, mean_b, a) == pytest.approx(gap, rel=1e-12)  # equal covariances
+
+    diagonal = gap + (u.abs() - v.abs()).square().sum().item()
+    assert fid.frechet_distance(mean_a, (u * u).diag(), mean_b, (v * v).diag()) == pytest.approx(diagonal, rel=1e-12)
+
+    rank_one = gap + (u @ u + v @ v - 2 * abs(u @ v)).item()  # singular: tr sqrt(u u^T v v^T) = |u v|
+    singular = torch.outer(u, u), torch.outer(v, v)
+    assert fid.frechet_distance(mean_a, singular[0], mean_b, singular[1]) == pytest.approx(rank_one, rel=1e-6)
+    zero = torch.zeros_like(a)
+    assert fid.frechet_distance(mean_a, zero, mean_b, b) == pytest.approx(gap + b.trace().item(), rel=1e-12)
+
+    root = scipy.linalg.sqrtm((a @ b).numpy())  # the other way: a Schur decomposition of A B
+    general = gap + (a.trace() + b.trace()).item() - 2 * np.trace(root).real
+    assert fid.frechet_distance(mean_a, a, mean_b, b) == pytest.approx(general, rel=1e-10)
+
+
+def test_sums_lose_no_accuracy():
+    """Features like Inception's: float32, mean above standard deviation, some of them dead."""
+    draw = torch.Generator().manual_seed(0)
+    feat = 0.4 + 0.1 * torch.randn(3000, 20, generator=draw)
+    feat[:, 3] = 0.25
+    mean, cov = gaussian_of(feat)
+    want = np.cov(feat.double().numpy(), rowvar=False)
+    assert np.abs(mean.numpy() - feat.double().numpy().mean(0)).max() < 1e-13
+    assert np.abs(cov.numpy() - want).max() < 1e-12 * want.max()
+
+
+@pytest.mark.parametrize("kind", ["plain", "shuffled", "one_split"])
+def test_inception_score_golden(golden, kind):
+    record = golden("metrics")
+    logits = record.inputs["logits"]
+    n = len(logits)
+    shuffled = fid.score_splits(n)
+    assert shuffled.bincount().tolist() == [50] * 10
+    plain = torch.arange(n) * 10 // n
+    split = {"plain": plain, "shuffled": shuffled, "one_split": torch.zeros_like(plain)}[kind]
+    sums = fid.Sums(1, logits.shape[1])
+    for piece, s in zip(logits.split(70), split.split(70), strict=True):
+        sums.update(torch.zeros(len(piece), 1), piece, s)
+    mean, std = sums.inception_score()
+    record.check(f"is_mean_{kind}", mean)
+    record.check(f"is_std_{kind}", std, want=0.0 if kind == "one_split" else None)
+
+
+def test_inception_score_closed_forms():
+    split = torch.arange(40) % 2
+    certain = 1000 * torch.eye(20).repeat_interleave(2, 0)  # p(y|x) one-hot, 20 classes in both splits: the score is 20
+    for logits, want in ((certain, 20), (torch.zeros(40, 20), 1)):
+        sums = fid.Sums(1, 20)
+        sums.update(torch.zeros(40, 1), logits, split)
+        assert sums.inception_score() == pytest.approx((want, 0), abs=1e-9)
+
+
+# ---- Images ----------------------------------------------------------------------------------------
+def test_folder_and_npz_hold_the_same_images(tmp_path):
+    pictures = random_images(5)
+    npz = fid.open_images(Path(write_npz(tmp_path / "a.npz", pictures)), 4, 2)
+    folder = fid.open_images(write_folder(tmp_path / "a", pictures), 4, 3)
+    for images in (npz, folder):
+        assert (images.n, images.size) == (4, (16, 16))
+        ranks = [list(images.blocks(rank, 2)) for rank in range(2)]
+        found = {i: image for blocks in ranks for indices, b in blocks for i, image in zip(indices, b, strict=True)}
+        assert all(torch.equal(found[i].permute(1, 2, 0), torch.from_numpy(pictures[i])) for i in range(4))
+
+
+def test_bad_images(capsys, tmp_path):
+    def first(path):
+        next(fid.open_images(path, None, 8).blocks(0, 1))
+
+    folder = write_folder(tmp_path / "a", random_images(3))
+    Image.new("RGB", (8, 8)).save(folder / "000009.png")
+    assert "000009.png is not 16x16" in error_of(capsys, first, folder)
+    (folder / "000009.png").write_text("not an image")
+    assert "000009.png is no image" in error_of(capsys, first, folder)
+    Image.new("RGBA", (16, 16)).save(folder / "000009.png")
+    assert "RGBA" in error_of(capsys, first, folder)
+    (tmp_path / "empty").mkdir()
+    assert "no .png" in error_of(capsys, first, tmp_path / "empty")
+
+    npz = tmp_path / "a.npz"
+    write_npz(npz, random_images(3))
+    npz.write_bytes(npz.read_bytes()[:500])
+    assert "cannot be read" in error_of(capsys, first, npz)
+    write_npz(npz, np.array([{"pickled": 1}], dtype=object))
+    assert "cannot be read" in error_of(capsys, first, npz)
+    npz.write_text("not an npz")
+    assert "cannot be read" in error_of(capsys, first, npz)
+    write_npz(npz, random_images(3).astype(np.float32))
+    assert "uint8" in error_of(capsys, first, npz)
+    np.savez(npz, mu=np.zeros(2048))
+    assert "no arr_0" in error_of(capsys, first, npz)
+
+
+# ---- References ------------------------------------------------------------------------------------
+@pytest.fixture
+def training_set(monkeypatch):
+    """What load_data returns, to be changed by a test."""
+    pictures = torch.from_numpy(random_images(6)).permute(0, 3, 1, 2).contiguous()
+    monkeypatch.setattr(train_unet, "load_data", lambda args, split: (pictures, torch.zeros(6)))
+    return pictures
+
+
+def make_reference(tmp_path, *argv, size=16):
+    samples = fid.Images("samples", 6, (size, size), None)
+    args = fid.parse_args(["samples.npz", "--data", str(tmp_path), "--allow-few", *argv])
+    return fid.reference(None, samples, FakeInception(), args, 0, 1)
+
+
+def test_reference_cache(capsys, monkeypatch, tmp_path, training_set):
+    mean, cov, made = make_reference(tmp_path, "--ref", "shapes")
+    assert (made["dataset"], made["split"], made["resolution"], made["count"]) == ("shapes", "train", 16, 6)
+    file, = (tmp_path / ".fid").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "measure", None)  # a hit measures nothing
+        mean2, cov2, made2 = make_reference(tmp_path, "--ref", "shapes")
+    assert torch.equal(mean, mean2) and torch.equal(cov, cov2) and made2 == made | {"cache": str(file)}
+    assert torch.equal(make_reference(tmp_path, "--ref", str(file))[1], cov)  # the file serves as --ref, too
+
+    training_set[0] += 1
+    message = error_of(capsys, make_reference, tmp_path, "--ref", "shapes")
+    assert f"{file} was made from something else (pixels was" in message and "delete it" in message
+    file.write_bytes(b"damaged")
+    assert f"{file} cannot be read" in error_of(capsys, make_reference, tmp_path, "--ref", "shapes")
+
+    file.unlink()
+    (tmp_path / ".fid").rmdir()
+    (tmp_path / ".fid").write_text("in the way")
+    make_reference(tmp_path, "--ref", "shapes")
+    assert "note:" in capsys.readouterr().err
+
+
+def test_reference_mistakes(capsys, tmp_path, training_set):
+    assert "--ref is missing" in error_of(capsys, make_reference, tmp_path)
+    assert "does not exist" in error_of(capsys, make_reference, tmp_path, "--ref", f"{tmp_path}/none.npz")
+    assert "does not exist" in error_of(capsys, make_reference, tmp_path, "--ref", f"{tmp_path}/none")
+    small = write_npz(tmp_path / "small.npz", random_images(3, size=8))
+    message = error_of(capsys, make_reference, tmp_path, "--ref", small)
+    assert "samples has 16x16" in message and "small.npz has 8x8" in message
+
+
+def test_adm_statistics(capsys, tmp_path):
+    path = tmp_path / "adm.npz"
+    mu, sigma = np.arange(2048.0), np.eye(2048)
+    np.savez(path, mu=mu, sigma=sigma)
+    mean, cov, made = make_reference(tmp_path, "--ref", str(path))
+    assert np.array_equal(mean, mu) and np.array_equal(cov, sigma) and made == {"statistics": str(path)}
+    assert "cannot be checked" in capsys.readouterr().out
+    np.savez(path, mu=mu[:192], sigma=sigma[:192, :192])
+    assert "2048" in error_of(capsys, make_reference, tmp_path, "--ref", str(path))
+
+
+# ---- The command line ------------------------------------------------------------------------------
+def test_mistakes_that_need_no_network(capsys, tmp_path):
+    few = write_npz(tmp_path / "few.npz", random_images(3))
+    assert "3 images, but FID needs 2048" in error_of(capsys, run, few, "--ref", few)
+    assert "does not exist" in error_of(capsys, run, tmp_path / "none")
+    assert "--json" in error_of(capsys, run, few, "--ref", few, "--json", tmp_path / "none" / "a.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")
+    assert "last.pt" in error_of(capsys, run, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        fid.parse_args(["a.npz", "--n", "0"])
+
+
+def test_ranks_do_not_change_the_result(capsys, tmp_path, weights):
+    a = write_npz(tmp_path / "a.npz", random_images(4))
+    b = write_folder(tmp_path / "b", random_images(3, seed=1))
+    argv = [a, "--ref", str(b), "--allow-few", "--weights", weights, "--batch", "1"]
+    run(*argv, "--json", tmp_path / "one.json")
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"FID \d+\.\d\d  IS \d+\.\d\d \+- \d+\.\d\d", shown.out.splitlines()[-1])
+    assert "compare with no others" in shown.err and "warning: 4 samples" in shown.err
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(ROOT / "fid.py"), *argv, "--json", str(tmp_path / "two.json"), "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("FID ")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for key in ("fid", "is_mean", "is_std"):
+        assert two.pop(key) == pytest.approx(one.pop(key), rel=1e-5, abs=1e-9)
+    assert one == two and one["n"] == 4 and one["reference"]["count"] == 3
+
+
+def test_checkpoint_against_its_own_training_set(capsys, monkeypatch, tmp_path, training_set):
+    args = train_unet.parse_args(["--backbone", "tiny", "--data", str(tmp_path / "data")])
+    state = {"script": "train_unet", "args": vars(args), "ema": train_unet.build(args)[0].state_dict()}
+    torch.save(state | {"epoch": 3, "step": 7}, tmp_path / "last.pt")
+    monkeypatch.setattr(fid, "load_inception", lambda *args: FakeInception())
+    monkeypatch.setattr(fid, "frechet_distance", lambda *gaussians: 7.14)  # 2048 eigenvalues take seconds
+    run(tmp_path, "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
+    out = capsys.readouterr().out
+    assert "EMA weights of epoch 3" in out and out.splitlines()[-1].startswith("FID 7.14  IS ")
+    result = json.loads((tmp_path / "fid.json").read_text())
+    assert (result["epoch"], result["n"], result["weights"]) == (3, 2, "ema")
+    assert result["reference"]["dataset"] == "shapes" and result["reference"]["count"] == 6
+    assert len(list((tmp_path / "data" / ".fid").glob("shapes_train_16_*.npz"))) == 1

@@ -1,0 +1,101 @@
+"""What holds across files: shared text, the seam, no dead flags, and a README that names what exists."""
+
+import ast
+import inspect
+import itertools
+import re
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(ROOT.glob("*.py"))
+TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
+MAY_DIFFER = {"build", "parse_args", "main"}  # what each script is about
+SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images"],
+        "to_uint8": ["x0"], "main": ["args"]}  # fmt: skip
+
+
+def blocks(path):
+    """{name: source, with decorators and the comments right above} of the top-level definitions."""
+    lines, out = path.read_text().splitlines(), {}
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            top = min([node.lineno] + [d.lineno for d in node.decorator_list]) - 1
+            while top and lines[top - 1].startswith("#") and not lines[top - 1].startswith("# ----"):
+                top -= 1
+            out[node.name] = "\n".join(lines[top : node.end_lineno])
+    return out
+
+
+def test_same_name_means_same_text():
+    found = {p.name: blocks(p) for p in SCRIPTS}
+    compared = 0
+    for a, b in itertools.combinations(found, 2):
+        for name in (found[a].keys() & found[b].keys()) - MAY_DIFFER:
+            assert found[a][name] == found[b][name], f"{name} differs between {a} and {b}"
+            compared += 1
+    assert compared >= 2  # fail and setup_distributed at least: the comparison is not empty
+
+
+def test_train_scripts_have_the_same_sections():
+    banners = [re.findall(r"^# ---- (\d+\. .+?) -{3,}$", p.read_text(), re.MULTILINE) for p in TRAIN]
+    assert len(banners[0]) == 9
+    assert all([x.split(":")[0] for x in b] == [x.split(":")[0] for x in banners[0]] for b in banners)
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
+def test_seam(path):
+    """design.md: the names by which the tools use a train script, and nothing of ours imported into one."""
+    module = __import__(path.stem)
+    for name, parameters in SEAM.items():
+        assert list(inspect.signature(getattr(module, name)).parameters) == parameters, name
+    ours = {p.stem for p in SCRIPTS}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not ours & set(names)
+    net, diffusion = module.build(module.parse_args(["--backbone", "tiny"]))
+    assert list(inspect.signature(net.forward).parameters)[:4] == ["x", "t", "y", "aug"]
+    assert list(inspect.signature(net.features).parameters) == ["x", "t", "y", "pool"]
+    assert list(inspect.signature(diffusion.add_noise).parameters) == ["x0", "level", "noise"]
+    assert list(inspect.signature(diffusion.features).parameters) == ["net", "x0", "level", "noise", "y", "pool"]
+    assert list(inspect.signature(diffusion.sample).parameters)[:2] == ["net", "noise"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_every_flag_is_read(path):
+    text = path.read_text()
+    for flag in re.findall(r"(?:add_argument|add)\(\s*\"--([a-z-]+)\"", text):
+        name = flag.replace("-", "_")
+        assert re.search(rf"\.{name}\b|\"{name}\"", text), f"--{flag} is never read"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_citations_are_defined(path):
+    keys = r"\[(P|EDM2?|DDPM|DDIM|RF|MoCo|FID|IS)\]"
+    text = path.read_text()
+    head = ast.get_docstring(ast.parse(text))
+    assert "arXiv:2505.10999" in head
+    assert set(re.findall(keys, text)) <= set(re.findall(keys, head))
+
+
+def test_readme_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    sources = {p.name: p.read_text() for p in SCRIPTS}
+    for name in re.findall(r"\b([a-z_]+\.py)\b", text):
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+    for flag in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)\b(?!_)", text):
+        assert any(f'"{flag}"' in source for source in sources.values()), flag
+    commands = re.findall(r"((?:train_[a-z]+|sample|probe|fid)\.py [^&`\n]*)", text)
+    assert len(commands) > 10
+    for command in commands:
+        for flag in re.findall(r" (--[a-z-]+)", command):
+            assert f'"{flag}"' in sources[command.split()[0]], f"{flag} of {command.split()[0]}"
+
+
+def test_quick_start_is_two_commands():
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"## Quick start.*?```\w*\n(.*?)```", text, re.DOTALL).group(1)
+    assert len([line for line in block.splitlines() if line.strip() and not line.startswith("#")]) == 2
+    assert "python -m pytest" in block and "--self-cond" in block
