@@ -19,6 +19,7 @@ B batch   C, H, W image   D width   net is trained; ema is its average: sampled,
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -757,6 +758,7 @@ def augment(x0, params):
     return down @ canvas @ down.T
 
 
+@functools.cache
 def augment_filters(S, device):
     """Matrices for an axis of S pixels: reflect by S - 1 and upsample (6S - 4, S); downsample and crop (S, 2S + 12)."""
     taps, n = torch.tensor(SYM6), 3 * S - 2
@@ -1080,7 +1082,7 @@ def save_grid(args, ema, diffusion, device, epoch):
     """samples_NNNN.png: images of the EMA network from noise that is the same every time, 64 on a GPU, 16 on a CPU."""
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    images = to_uint8(diffusion.sample(ema, noise))
+    images = to_uint8(diffusion.sample(ema.forward, noise))  # .forward is not compiled, a batch of 64 would be anew
     save_image(images / 255, Path(args.out) / f"samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
 
 
@@ -1300,7 +1302,7 @@ def main(args):
         images, _, classes = read_data(args, "train")
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
-    images = images.pin_memory() if cuda and args.data_device == "cpu" else images.to(device)
+    images = images if args.data_device == "cpu" else images.to(device)
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
 
@@ -1331,7 +1333,8 @@ def main(args):
 
     # 4. One pass over this rank's rows; the loop calls it args.accum times per step.
     def forward(rows, draws, module):
-        batch = images[rows.to(images.device)].to(device, non_blocking=True)
+        batch = images[rows]
+        batch = batch.pin_memory().to(device, non_blocking=True) if cuda and not batch.is_cuda else batch
         views = [make_view(batch, d, args) for d in draws]
         with autocast:
             key = teacher_key(ema, ema_projector, diffusion, views[1]) if head else None
@@ -1347,12 +1350,14 @@ def main(args):
     generator = torch.Generator(device)
     flops = 0
     if args.bench:
-        flops = count_flops(lambda: forward(torch.arange(2), draw(2, generator), objective)[0].backward(), 2)
+        flops = count_flops(lambda: forward(slice(2), draw(2, generator), objective)[0].backward(), 2)
         optimizer.zero_grad(set_to_none=True)
     if args.compile or (args.compile is None and cuda):
         net.compile()
         ema.compile()
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+    ddp = objective
+    if world > 1:
+        ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # 5. The loop.
     end = total if args.max_steps is None else min(total, args.max_steps)
@@ -1364,8 +1369,8 @@ def main(args):
     header = {"classes": classes, "ranks": world, "torch": torch.__version__, "device": str(device)}
     log, stop = MetricsLog(args, step, end, rank, header), StopSignal()
     objective.train()
-    order_epoch, saved = None, time.time()
-    while step < end and not stop.agreed():
+    order_epoch, saved, stopping = None, time.time(), 0
+    while step < end:
         if step == warm:
             start = synchronized_time(device)
         # 1. Every random number follows from (seed, step): a resumed run repeats an unbroken one.
@@ -1374,7 +1379,7 @@ def main(args):
         if step // per_epoch != order_epoch:
             order_epoch = step // per_epoch
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, order_epoch))
-            order = torch.randperm(len(images), generator=shuffle)
+            order = torch.randperm(len(images), generator=shuffle).to(images.device)
         rows = order[step % per_epoch * args.batch :][: args.batch]
         draws = draw(args.batch, generator)
         for micro in range(args.accum):
@@ -1405,13 +1410,14 @@ def main(args):
         # 5. Report and save. Nothing below changes the numbers above.
         log.bar.update()
         epoch, ended = step // per_epoch, step % per_epoch == 0
+        stopping = stop.agreed()  # SIGTERM or SIGINT: nothing is lost
         keep = ended and epoch % args.save_every == 0 or step == end
         draw_grid = args.sample_every > 0 and (ended and epoch % args.sample_every == 0 or step == end)
         if step % args.log_every == 0 or keep or draw_grid:
             log.write(step, epoch, lr, args.batch)
         if rank == 0 and not args.bench:
             state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
-            if keep or (ended and time.time() - saved > 900):
+            if keep or stopping or (ended and time.time() - saved > 900):
                 log.check()
                 save_run(args, state, modules, optimizer, scaler)
                 saved = time.time()
@@ -1420,19 +1426,17 @@ def main(args):
             if draw_grid:
                 save_grid(args, ema, diffusion, device, epoch)
                 log.restart(step)
+        if stopping:
+            break
     log.bar.close()
     stop.restore()
     if args.bench and step == end and rank == 0:
         report_bench(args, synchronized_time(device) - start, flops, device, world)
-    if step < end and rank == 0 and not args.bench:  # SIGTERM or SIGINT
-        log.check()
-        state = {"script": Path(__file__).stem, "args": vars(args), "epoch": step // per_epoch, "step": step}
-        save_run(args, state, modules, optimizer, scaler)
-        print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
     if world > 1:
         dist.destroy_process_group()
-    if step < end:
-        raise SystemExit(128 + stop.signum)
+    if stopping:
+        print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(128 + stopping)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_tiny_imagenet_layout(tmp_path):
         Image.new("RGB", (64, 64), "red").save(root / "train" / wnid / "images" / "a.JPEG", "JPEG")
         (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("a.JPEG\t0\t0\t1\t1")
     (root / "val/images").mkdir(parents=True)
-    for i, wnid in enumerate(["n02", "n01"]):
+    for i in range(2):
         Image.new("RGB", (64, 64), "blue").save(root / "val/images" / f"val_{i}.JPEG", "JPEG")
     (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t1\t1\nval_1.JPEG\tn01\t0\t0\t1\t1\n")
     flags = args(tmp_path, "tiny-imagenet", 64)
@@ -77,8 +77,9 @@ def test_tiny_imagenet_layout(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("unknown", "no folder"), ("empty", "no images"), ("text", "not an image"), ("no-test", "no test/"), ("class", "fish")],
-)
+    [("unknown", "no folder"), ("empty", "no images"), ("text", "not an image"), ("no-test", "no test/"),
+     ("class", "fish")],
+)  # fmt: skip
 def test_mistakes(kind, says, tmp_path, capsys):
     flags, split = args(tmp_path), "train"
     if kind != "unknown":
