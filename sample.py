@@ -104,7 +104,8 @@ def load_checkpoint(path, device="cpu"):
         net.load_state_dict(state["ema"])
     except RuntimeError as error:
         fail(f"{path}: weights do not fit the network that its flags describe: {' '.join(str(error).split())[:200]}")
-    net, diffusion = net.to(device).eval().requires_grad_(False), diffusion.to(device).eval()
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    diffusion = diffusion.to(device).eval()
     return Model(path, script, args, net, diffusion, int(state["epoch"]), int(state["step"]))
 
 

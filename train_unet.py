@@ -354,6 +354,8 @@ class Formulation(nn.Module):
         low, high = self.range
         if not low <= level <= high:
             raise ValueError(f"noise level {level:g} is out of range: {type(self).__name__} has {low:g} to {high:g}")
+        if isinstance(low, int) and level != int(level):
+            raise ValueError(f"noise level {level:g}: {type(self).__name__} has whole steps {low} to {high}")
 
     def features(self, net, x0, level, noise, y=None, pool="gap"):
         """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P] Sec. 9"""
@@ -540,10 +542,12 @@ def draw_shapes(n, seed):
     """
     rng = np.random.RandomState(seed)  # its stream is frozen, so everybody gets the same set
     labels = rng.permutation(n) % len(SHAPES)
-    angle, radius = rng.uniform(-0.3, 0.3, n), rng.uniform(3.5, 6.5, n)
-    x, y = (8 + rng.uniform(-1, 1, n) * (7.5 - radius) for _ in range(2))  # centres, mostly inside
-    back = rng.uniform(0, 1, (n, 3, 1, 1))
-    front = (back + rng.uniform(0.25, 0.75, (n, 3, 1, 1))) % 1  # every channel differs
+    angle, radius = rng.uniform(-0.25, 0.25, n), rng.uniform(4.5, 7, n)
+    x, y = (8 + rng.uniform(-1, 1, n) * (8.5 - radius) for _ in range(2))  # centres; a few shapes leave the frame
+    back = rng.uniform(0, 0.5, (n, 3, 1, 1))
+    front = back + rng.uniform(0.25, 0.5, (n, 3, 1, 1))
+    dark = rng.uniform(0, 1, n) < 0.4  # these are dark on bright
+    back[dark], front[dark] = front[dark], back[dark]
     inside = {  # in the shape's own coordinates u, v in units of its radius; p, q are u, v turned by 45 degrees
         "bar": lambda u, v, p, q: (abs(u) < 1) & (abs(v) < 0.35),
         "crescent": lambda u, v, p, q: (np.hypot(u, v) < 1) & (np.hypot(u - 0.45, v) > 0.75),

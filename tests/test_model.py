@@ -203,6 +203,9 @@ def test_noise_levels(diffusion):
         diffusion.check_level(level)
     with pytest.raises(ValueError, match="out of range"):
         diffusion.check_level(high + 1)
+    if isinstance(diffusion, T.DDPM):
+        with pytest.raises(ValueError, match="whole steps"):
+            diffusion.check_level(0.06)
     with pytest.raises(ValueError, match="shape"):
         diffusion.add_noise(x0, torch.full((3,), low), noise)
 
