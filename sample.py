@@ -15,6 +15,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,6 +75,18 @@ class Model:
         return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {a.model} on {a.dataset}"
 
 
+def read_checkpoint(path):
+    """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
+    if not Path(path).is_file():
+        fail(f"{path} does not exist: give a checkpoint file, or the run folder that holds last.pt")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        fail(f"{path} cannot be read as a checkpoint (damaged, cut short, or not plain torch.save); use another")
+
+
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint and rebuild its EMA network with the script that wrote it.
 
@@ -87,12 +100,7 @@ def load_checkpoint(path, device="cpu"):
     """
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
-    if not path.is_file():
-        fail(f"{path} does not exist: give a checkpoint file or the run folder that holds last.pt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        fail(f"{path} cannot be read as a checkpoint (damaged, cut short, or not written by torch.save); use another")
+    state = read_checkpoint(path)
     if not isinstance(state, dict) or not {"script", "args", "ema", "epoch", "step"} <= state.keys():
         fail(f"{path} is no checkpoint of this repository: it needs the keys script, args, ema, epoch and step")
     if state["script"] not in SCRIPTS:

@@ -29,6 +29,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -968,17 +969,24 @@ def save_checkpoint(path, **state):
     os.replace(tmp, path)
 
 
+def read_checkpoint(path):
+    """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
+    if not Path(path).is_file():
+        fail(f"{path} does not exist: give a checkpoint file, or the run folder that holds last.pt")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        fail(f"{path} cannot be read as a checkpoint (damaged, cut short, or not plain torch.save); use another")
+
+
 def load_weights(net, path):
     """Start from a public checkpoint or one of ours (--init): official names, wrapper prefixes are dropped.
 
     What the paper adds (self-conditioning, augmentation label) may be missing in the file; anything else is an error.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"--init {path} does not exist")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        fail(f"--init {path} cannot be read as plain weights: give a file that torch.load(weights_only=True) takes")
+    state = read_checkpoint(path)
     for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     want = net.state_dict()
@@ -1070,14 +1078,14 @@ def save_run(args, state, modules, optimizer, scaler):
 def load_run(args, modules, optimizer, scaler):
     """Restore what save_run wrote; returns the step to go on from."""
     path = Path(args.out) / "last.pt"
+    state = read_checkpoint(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        fail(f"--resume: {path} is damaged or of another configuration; start over in another --out")
+    except (RuntimeError, ValueError, KeyError):
+        fail(f"--resume: {path} is of another configuration; start over in another --out")
     return state["step"]
 
 

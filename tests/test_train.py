@@ -271,7 +271,7 @@ def mistake(kind, tmp_path):
         ("dataset", "no folder"), ("batch", "not divisible"), ("batch-size", "more than the 64"),
         ("layer", "out_1, out_2"), ("level", "out of range"), ("init-missing", "does not exist"),
         ("init-pickle", "cannot be read"), ("init-other", "does not fit"), ("resume-nothing", "no "),
-        ("out-other", "--lr"), ("out-same", "--resume"), ("resume-cut", "damaged"),
+        ("out-other", "--lr"), ("out-same", "--resume"), ("resume-cut", "cannot be read"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(kind, says, tmp_path, capsys):
