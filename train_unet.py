@@ -58,12 +58,12 @@ BACKBONES = {  # [P] Tab. 8. UNSPECIFIED: tiny is ours, for a CPU
     "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
     "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False},
 }
-BATCH = {"ddpm": 512, "ddpmpp": 256, "tiny": 128}
+BATCH = {"ddpm": 512, "ddpmpp": 256, "tiny": 32}
 LAYERS = {  # [P] Tab. 10: most semantic decoder block on CIFAR-10, elsewhere. UNSPECIFIED: tiny was measured on shapes
     ("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "out_8"),
     ("edm", "ddpm"): ("out_7", "out_6"), ("edm", "ddpmpp"): ("out_9", "out_8"),
     ("rf", "ddpm"): ("out_7", "out_7"), ("rf", "ddpmpp"): ("out_8", "out_8"),
-    ("ddpm", "tiny"): ("out_3", "out_3"), ("edm", "tiny"): ("out_3", "out_3"), ("rf", "tiny"): ("out_3", "out_3"),
+    ("ddpm", "tiny"): ("out_2", "out_2"), ("edm", "tiny"): ("out_2", "out_2"), ("rf", "tiny"): ("out_2", "out_2"),
 }
 LEVELS = {"ddpm": 11, "edm": 0.06, "rf": 0.06}  # [P] Tab. 10: the noise level at which that block is read
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
@@ -1166,10 +1166,10 @@ def parse_args(argv=None):
     group.add_argument("--data-device", choices=["auto", "cpu"], default="auto",
                        help="where the uint8 images live; cpu when they do not fit the GPU (default: auto)")
     group = parser.add_argument_group("optimisation ([P] Tab. 8)")
-    group.add_argument("--epochs", type=int, help="(default: 2000; tiny 10)")
-    group.add_argument("--batch", type=int, help="total over all ranks (default: ddpm 512, ddpmpp 256, tiny 128)")
+    group.add_argument("--epochs", type=int, help="(default: 2000; tiny 5)")
+    group.add_argument("--batch", type=int, help="total over all ranks (default: ddpm 512, ddpmpp 256, tiny 32)")
     group.add_argument("--accum", type=int, default=1, help="accumulation steps; --batch stays the total (default: 1)")
-    group.add_argument("--lr", type=float, help="(default: 4e-4; tiny 1e-3)")
+    group.add_argument("--lr", type=float, help="(default: 4e-4; tiny 2e-3)")
     group.add_argument("--warmup", type=float, help="epochs (default: 13, EDM 200, at most a tenth of --epochs)")
     group.add_argument("--cooldown", type=float,
                        help="share of the run at its end in which lr falls to 0 (default: 0; tiny 0.3)")
@@ -1197,11 +1197,11 @@ def parse_args(argv=None):
     layer, level = layers[args.dataset != "cifar10"], LEVELS[args.model]
     if resolution >= 64 and (args.model, args.backbone) == ("edm", "ddpm"):
         layer, level = "out_5", 0.2964  # [P] Tab. 10, the 64-pixel column
-    epochs = args.epochs if args.epochs is not None else (10 if tiny else 2000)
+    epochs = args.epochs if args.epochs is not None else (5 if tiny else 2000)
     defaults = {
         "resolution": resolution, "layer": layer, "cl_t": level, "epochs": epochs, "batch": BATCH[args.backbone],
         "dropout": 0.0 if tiny else recipe["dropout"], "ema": 0.999 if tiny else recipe["ema"],
-        "lr": 1e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / 10), "cooldown": 0.3 if tiny else 0.0,
+        "lr": 2e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / 10), "cooldown": 0.3 if tiny else 0.0,
         "aug": 0.12 if args.cl > 0 else 0.0,  # two views need it
     }
     for name, value in defaults.items():
