@@ -513,7 +513,7 @@ def parse_args(argv=None):
     parser.add_argument("--ref", metavar="{DATASET,DIR,NPZ}",
                         help="training split of a data set, folder of PNGs, npz of images or of mu and sigma; "
                              "None: the data set that the checkpoint was trained on")  # fmt: skip
-    parser.add_argument("--n", type=int, default=50_000, help="images; a folder's or npz's first ones ([P] Sec. 9)")
+    parser.add_argument("--n", type=int, default=50_000, help="images; a folder's or npz's first ones ([P])")
     parser.add_argument("--allow-few", action="store_true", help=f"do not insist on {LEAST} images: to try things out")
     parser.add_argument("--weights", metavar="FILE", help="None: pytorch-fid's, from torch's hub cache or the net")
     parser.add_argument("--data", help="root of data sets; None: the checkpoint's, else ./data")

@@ -6,7 +6,7 @@
     python probe.py runs/NAME/epoch_{0800,1000,1200}.pt             # how CIFAR is reported: the best of three
     torchrun --nproc_per_node=4 probe.py runs/NAME --grid
 
-The protocol is that of [P] Sec. 9 (DDAE++, arXiv:2505.10999, in our paper.md): EMA weights, cross-entropy, Adam with
+The protocol is that of [P] (DDAE++, arXiv:2505.10999): EMA weights, cross-entropy, Adam with
 a cosine to 0, horizontal flip only, fresh noise in each epoch, no class or augmentation label. Every part of it is a
 flag and is printed with the number, because published protocols differ. One forward pass feeds the heads of all
 layers, so --grid costs one run per level. The classes of the test split are predicted from one fixed noise per image.
@@ -338,7 +338,7 @@ def find_layers(model, level, args, x0):
 
 
 def resolve(args, model, train, device):
-    """Fill what the flags leave open from the checkpoint and its data set ([P] Sec. 9), in a new Namespace."""
+    """Fill what the flags leave open from the checkpoint and its data set ([P]), in a new Namespace."""
     latents, cifar = train.images.is_floating_point(), model.args.dataset in ("cifar10", "cifar100")
     args = argparse.Namespace(**vars(args))
     args.epochs = args.epochs or (15 if cifar else 30)
@@ -476,7 +476,7 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="every layer at every level, one run per level")
     add("--pool", choices=["gap", "token", "cls"], default="gap", help="mean over pixels, one random token, or [CLS]")
     add("--pixels", action="store_true", help="also the raw baseline: the flattened clean pixels or latent")
-    add = parser.add_argument_group("protocol ([P] Sec. 9)").add_argument
+    add = parser.add_argument_group("protocol ([P])").add_argument
     add("--epochs", type=int, help="passes over the training split; None: CIFAR 15, others 30")
     add("--lr", type=float, help="of Adam at the start, cosine to 0; None: pixels 4e-3, latents 2e-3")
     add("--batch", type=int, help="images over all ranks; None: pixels 128 (ours), latents 1440")

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=4 -- sample.py runs/NAME --n 50000 --out samples.npz   # the -- keeps --n from torchrun
 
 Image i is made from a seed of its own, so it does not depend on the number of ranks or on --batch. EMA weights are
-used, as in [P] Sec. 4 (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 evaluations) or adaptive RK45.
+used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 evaluations) or adaptive RK45.
 """
 
 import argparse
@@ -50,11 +50,13 @@ def setup_distributed(device):
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             fail(f"--device {device}: this torch sees no GPU; use --device cpu")
+        if ":" in device and world > 1:
+            fail(f"--device {device}: torchrun gives every rank a GPU of its own; use --device cuda")
         device = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, torch.device(device)
 
 

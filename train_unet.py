@@ -25,7 +25,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import signal
 import sys
 import time
@@ -96,9 +95,9 @@ class TimeEmbedding(nn.Module):
         freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
         angles = t.float()[:, None] * freqs  # (B, width / 2); t is not multiplied by 1000
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, width)
-        if aug is not None:
-            emb = emb + self.aug_emb(aug)
-        return self.lin2(F.silu(self.lin1(emb)))
+        with torch.autocast(t.device.type, enabled=False):  # bf16 cannot tell neighbouring steps apart
+            emb = emb if aug is None else emb + self.aug_emb(aug)
+            return self.lin2(F.silu(self.lin1(emb)))
 
 
 class ResBlock(nn.Module):
@@ -126,7 +125,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels with one head, residual. The norm is applied or not as the official code does."""
+    """Self-attention over pixels: GroupNorm, one head, residual."""
 
     def __init__(self, channels):
         super().__init__()
@@ -230,12 +229,14 @@ class UNet(nn.Module):
         self.layer = layer or self.layers[-1]
         if self.layer not in widths:
             raise ValueError(f"unknown layer {self.layer!r}; this network has {', '.join(self.layers)}")
+        if self_cond and self.layer == self.layers[-1]:
+            raise ValueError(f"self-conditioning after {self.layer} leaves no decoder: take an earlier layer")
         self.feat_dim, self.emb_dim = widths[self.layer], emb_dim
         self.self_cond = SelfConditioning(self.feat_dim, self.feat_dim, emb_dim, self_cond) if self_cond else None
         self.init_weights()
 
     def init_weights(self):
-        """[DDPM]: uniform with variance 1 / fan_avg; what ends a residual branch and the network starts at zero."""
+        """UNSPECIFIED, as [DDPM]: uniform with variance 1 / fan_avg; residual branches and the output end in zeros."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -286,7 +287,7 @@ class UNet(nn.Module):
                 if feat == "only":
                     return pooled, e_t
                 if self.self_cond is not None:
-                    e = self.self_cond(e, e_t, pooled)  # [P] Sec. 4
+                    e = self.self_cond(e, e_t, pooled)  # [P]
         out = self.final(F.silu(self.norm(h)))
         return (out, (pooled, e_t)) if feat == "too" else out
 
@@ -304,8 +305,11 @@ class UNet(nn.Module):
 
         def tap(name, h):
             tokens = h.float().flatten(2)  # (B, D, H'W')
-            where = torch.randint(tokens.shape[2], (len(h), 1, 1), device=h.device).expand(-1, tokens.shape[1], 1)
-            out[name] = tokens.mean(2) if pool == "gap" else tokens.gather(2, where)[:, :, 0]
+            if pool == "gap":
+                out[name] = tokens.mean(2)
+            else:
+                where = torch.randint(tokens.shape[2], (len(h), 1, 1), device=h.device).expand(-1, tokens.shape[1], 1)
+                out[name] = tokens.gather(2, where)[:, :, 0]
 
         self.forward(x, t, y, tap=tap)
         return out
@@ -313,7 +317,7 @@ class UNet(nn.Module):
 
 # ---- 3. Self-conditioning: the paper's idea ---------------------------------------------------------
 class SelfConditioning(nn.Module):
-    """Condense the pooled feature and feed it back to the decoder. [P] Sec. 4.
+    """Condense the pooled feature and feed it back to the decoder. [P].
 
     adaptive: e' = e + s(SiLU(e_t)) * MLP(feat), s linear;   add (ablation): e' = e + MLP(feat).
     """
@@ -322,7 +326,6 @@ class SelfConditioning(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(feat_dim, hidden), nn.SiLU(), nn.Linear(hidden, emb_dim))
         self.scale = nn.Linear(emb_dim, emb_dim) if kind == "adaptive" else None
-        self.init_weights()
 
     def init_weights(self):
         """UNSPECIFIED: the MLP ends in zeros, so that training starts at the baseline; s starts around 1."""
@@ -359,7 +362,7 @@ class Formulation(nn.Module):
             raise ValueError(f"noise level {level:g}: {type(self).__name__} has whole steps {low} to {high}")
 
     def features(self, net, x0, level, noise, y=None, pool="gap"):
-        """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P] Sec. 9"""
+        """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P]"""
         return net.features(*self.inputs(x0, level, noise), y, pool)
 
 
@@ -374,7 +377,7 @@ class DDPM(Formulation):
         self.time_scale = time_scale  # network time per step
         betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)  # (1001,), a_t^2
-        # DEVIATION: the reference code of DDIM sampling uses this slightly different table; so does every published FID
+        # DEVIATION: the reference code's DDIM samples with this slightly different table, so its published FIDs do
         ddim = (1 - torch.linspace(1e-4, 0.02, 1001)).log().cumsum(0).exp()
         self.register_buffer("alphabar_ddim", ddim, persistent=False)
 
@@ -397,7 +400,7 @@ class DDPM(Formulation):
         return F.mse_loss(eps_hat.float(), noise), feat
 
     def sample(self, net, noise, steps=100, y=None):
-        """DDIM with eta 0 and x0 clipped to [-1, 1]. [DDIM] Eq. 12. noise (B, C, H, W) -> x0, not clipped."""
+        """DDIM with eta 0; every estimate of x0 is clipped to [-1, 1]. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
         x, times = noise, list(range(1, 1001, 1000 // min(steps, 1000)))[::-1] + [0]
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             a, a_next = self.alphabar_ddim[t], self.alphabar_ddim[t_next]
@@ -457,7 +460,8 @@ class EDM(Formulation):
         weight = (s**2 + sd**2) / (s * sd) ** 2
         loss = (weight * (self.combine(x, level, out) - x0) ** 2).mean(dim=(1, 2, 3))  # (B,)
         if self.uncertainty is not None:
-            u = self.uncertainty(c_noise[:, None])[:, 0].float()
+            with torch.autocast(x.device.type, enabled=False):
+                u = self.uncertainty(c_noise[:, None])[:, 0]  # (B,)
             loss = loss / u.exp() + u
         return loss.mean(), feat
 
@@ -486,7 +490,7 @@ class EDM(Formulation):
 
 
 class RF(Formulation):
-    """Rectified flow, time t from 0 (data) to 1 (noise), velocity prediction. [RF] Eq. 1, [P] Sec. 2."""
+    """Rectified flow, time t from 0 (data) to 1 (noise), velocity prediction. [RF] Eq. 1, [P]."""
 
     symbol, range = "t", (0.0, 1.0)
     levels = (0.01, 0.03, 0.06, 0.12, 0.25, 0.4)
@@ -594,11 +598,12 @@ def load_image(path, resolution):
 def list_folder(root, split):
     """Class folders, or tiny-imagenet's own layout: (files, class index of each, class names)."""
     classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    folder = next((root / s for s in ((split,) if split == "train" else ("test", "val")) if (root / s).is_dir()), None)
+    notes = root / "val" / "val_annotations.txt"  # tiny-imagenet, whose test/ holds no labels
+    splits = (split,) if split == "train" else ("val",) if notes.is_file() else ("test", "val")
+    folder = next((root / s for s in splits if (root / s).is_dir()), None)
     if folder is None:
         fail(f"{root} has no test/ or val/ folder beside train/: add one with the same class folders")
-    notes = folder / "val_annotations.txt"
-    if notes.is_file():
+    if folder == notes.parent and notes.is_file():
         rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
         pairs = [(folder / "images" / name, wnid) for name, wnid in rows]
     else:
@@ -620,32 +625,30 @@ def list_folder(root, split):
 def read_folder(root, split, resolution):
     """Images of a class folder, decoded once and cached as one array beside the data."""
     files, labels, classes = list_folder(root, split)
-    stamp = hashlib.sha256(repr([(str(f.relative_to(root)), f.stat().st_size) for f in files]).encode()).hexdigest()
-    cache = root / ".cache" / f"{split}_{resolution}_{stamp[:16]}.npz"
+    seen = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stamp = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    cache = root / ".cache" / f"{split}_{resolution}_{stamp}.npy"
     if cache.is_file():
-        with np.load(cache, allow_pickle=False) as stored:
-            return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]), classes
-    bar = tqdm(total=len(files), desc=f"reading {root.name}/{split}", unit="img", mininterval=1)
+        return torch.from_numpy(np.load(cache, allow_pickle=False)), torch.tensor(labels), classes
     images = np.empty((len(files), 3, resolution, resolution), np.uint8)
     try:
         with ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(lambda file: load_image(file, resolution), files)):
+            decoded = pool.map(lambda file: load_image(file, resolution), files)
+            bar = tqdm(decoded, f"reading {root.name}/{split}", len(files), unit="img", mininterval=1)
+            for i, image in enumerate(bar):
                 images[i] = image
-                bar.update()
     except ValueError as error:
         bar.close()
         fail(error)
-    bar.close()
-    labels = np.array(labels, np.int64)
     try:
         cache.parent.mkdir(exist_ok=True)
-        tmp = cache.with_suffix(f".{os.getpid()}.tmp")
+        tmp = cache.with_suffix(f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp")
         with open(tmp, "wb") as file:
-            np.savez(file, images=images, labels=labels)
+            np.save(file, images)
         os.replace(tmp, cache)
     except OSError as error:
         print(f"note: {cache} cannot be written ({error}): the images are decoded again next time", file=sys.stderr)
-    return torch.from_numpy(images), torch.from_numpy(labels), classes
+    return torch.from_numpy(images), torch.tensor(labels), classes
 
 
 def read_data(args, split):
@@ -710,7 +713,7 @@ def draw_augment(n, generator):
 
 
 def gate_augment(draws, p):
-    """Keep each transform with probability p. [EDM] App. F.2: x-flip is always drawn, aniso_angle kept half the time.
+    """Keep each transform with probability p. [EDM] App. F.2: x-flip is always drawn, the angle r kept half the time.
 
     Returns:
         (n, 8): xflip, yflip in {0, 1}; scale; rotation theta; stretch w, its angle r; shifts tx, ty. Zero is identity.
@@ -733,6 +736,7 @@ def augment(x0, params):
     """EDM's non-leaky geometric augmentation: flips, then one affine warp at twice the resolution. [EDM] App. F.2
 
     Reflection padding, sym6 up- and downsampling are linear along each axis, so each is one constant matrix.
+    DEVIATION: always padded by S - 1; the reference pads as far as the batch needs and falls 2e-5 short in corners.
 
     Args:
         x0: (B, C, S, S) float32. params: (B, 8), from gate_augment.
@@ -782,7 +786,7 @@ def augment_filters(S, device):
 
 # ---- 6. MoCo-v3 head --------------------------------------------------------------------------------
 class AllReduce(torch.autograd.Function):
-    """Sum over ranks, in the backward pass too; the identity in one process."""
+    """Sum over ranks, in the backward pass too."""
 
     @staticmethod
     def forward(ctx, x):
@@ -819,7 +823,7 @@ class BatchNorm(nn.Module):
 
 
 class Projector(nn.Module):
-    """MoCo v3's MLP; the first one is time-dependent: hidden layers are scaled and shifted by e_t. [P] Sec. 6
+    """MoCo v3's MLP. With emb_dim, hidden layers are scaled and shifted by e_t: the time-dependent projector of [P].
 
     Args:
         dims: widths from input to output. emb_dim: width of e_t, 0 for the original head (--cl-head moco).
@@ -848,7 +852,10 @@ class Projector(nn.Module):
 
 
 class MoCoHead(nn.Module):
-    """Projector (3 layers, its EMA copy is the teacher's) and predictor (2 layers, online side only). [MoCo] Sec. 3"""
+    """Projector (3 layers, its EMA copy is the teacher's) and predictor (2 layers, online side only). [MoCo] Sec. 3
+
+    UNSPECIFIED: widths of MoCo v3 for ViTs, 4096 hidden and 256 out.
+    """
 
     def __init__(self, feat_dim, emb_dim, timed, hidden=4096):
         super().__init__()
@@ -861,7 +868,7 @@ class MoCoHead(nn.Module):
 
 
 def moco_loss(q, k, temperature=0.2):
-    """InfoNCE of queries against the keys of all ranks, times 2 temperature. [MoCo] Alg. 1; one direction, [P] Sec. 6.
+    """InfoNCE of queries against the keys of all ranks, times 2 temperature. [MoCo] Alg. 1; one direction, [P].
 
     Args:
         q, k: (B, D) on each rank, normalised here; k carries no gradient. temperature: of the softmax.
@@ -876,7 +883,8 @@ def moco_loss(q, k, temperature=0.2):
         parts, rank = [torch.empty_like(k) for _ in range(dist.get_world_size())], dist.get_rank()
         dist.all_gather(parts, k.contiguous())
         keys = torch.cat(parts)  # (B world, D), in rank order
-    logits = q @ keys.T / temperature  # (B, B world)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ keys.T / temperature  # (B, B world)
     target = torch.arange(len(q), device=q.device) + rank * len(q)
     with torch.no_grad():
         stats = {
@@ -908,11 +916,13 @@ def setup_distributed(device):
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             fail(f"--device {device}: this torch sees no GPU; use --device cpu")
+        if ":" in device and world > 1:
+            fail(f"--device {device}: torchrun gives every rank a GPU of its own; use --device cuda")
         device = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, torch.device(device)
 
 
@@ -939,15 +949,20 @@ def ema_update(ema, net, decay):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one kills. Ranks agree on the step."""
+    """SIGTERM and SIGINT ask for a stop after the current step; one more, seconds later, kills. Ranks stop together.
+
+    (A launcher and its scheduler may both pass on the first one, so what comes at once counts as one.)
+    """
 
     def __init__(self):
-        self.signum = 0
+        self.signum, self.since = 0, math.inf
         self.before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def __call__(self, signum, frame):
-        self.signum = signum
-        self.restore()
+        if time.time() - self.since > 3:
+            self.restore()
+            signal.raise_signal(signum)
+        self.signum, self.since = signum, min(self.since, time.time())
 
     def restore(self):
         for signum, handler in self.before.items():
@@ -987,12 +1002,13 @@ def load_weights(net, path):
     What the paper adds (self-conditioning, augmentation label) may be missing in the file; anything else is an error.
     """
     state = read_checkpoint(path)
+    state = state if isinstance(state, dict) else {}
     for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+        state = state[key] if isinstance(state.get(key), dict) else state
     want = net.state_dict()
     anchor = next(name for name in want if name.endswith("final.weight"))
-    prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "") if isinstance(state, dict) else ""
-    found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)} if isinstance(state, dict) else {}
+    prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
+    found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     missing = [k for k in want if k not in found and not k.startswith(("self_cond.", "time_emb.aug_emb."))]
     wrong = [k for k in want if k in found and getattr(found[k], "shape", None) != want[k].shape]
     if missing or wrong:
@@ -1004,9 +1020,9 @@ def load_weights(net, path):
 def check_out(args):
     """Refuse a folder that holds another configuration's run, or this one's without --resume."""
     free = {"data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
-            "data_device", "out", "bench", "init"}
-    known = Path(args.out) / "args.json"
-    if known.is_file():
+            "data_device", "out", "bench", "init", "amp"} | ({"accum"} if args.cl == 0 else set())
+    known, last = Path(args.out) / "args.json", Path(args.out) / "last.pt"
+    if known.is_file() and last.is_file():
         old = json.loads(known.read_text())
         new = json.loads(json.dumps(vars(args)))
         other = [f"--{k.replace('_', '-')} {old.get(k)}" for k in new if k not in free and old.get(k) != new[k]]
@@ -1014,8 +1030,8 @@ def check_out(args):
             fail(f"--out {args.out} holds a run with {', '.join(other)}: choose another --out")
         if not args.resume:
             fail(f"--out {args.out} holds this run already: add --resume to go on with it, or choose another --out")
-    if args.resume and not (Path(args.out) / "last.pt").is_file():
-        fail(f"--resume: there is no {args.out}/last.pt to go on from; drop --resume to start")
+    if args.resume and not last.is_file():
+        fail(f"--resume: there is no {last} to go on from; drop --resume to start")
 
 
 class MetricsLog:
@@ -1029,6 +1045,7 @@ class MetricsLog:
         self.active = rank == 0 and not args.bench
         if self.active:
             old = self.path.read_text().splitlines()[1:] if step and self.path.is_file() else []
+            old = [line for line in old if line.endswith("}")]  # a killed job may leave half a line
             kept = [json.dumps({"args": vars(args)} | header)] + [x for x in old if json.loads(x)["step"] <= step]
             self.path.write_text("\n".join(kept) + "\n")
         self.bar = tqdm(total=end, initial=step, unit="step", desc=Path(args.out).name, disable=rank > 0,
@@ -1051,8 +1068,10 @@ class MetricsLog:
         values = dict(zip(self.sums, reduce(torch.stack(values)).tolist(), strict=True)) if values else {}
         if not all(math.isfinite(v) for v in values.values()):
             self.bar.close()
-            print(f"error: training diverged before step {self.bar.n} ({values}); {self.path.parent} keeps the last "
-                  "good checkpoint, lower --lr and start again from it", file=sys.stderr)
+            if self.rank == 0:
+                print(f"error: training diverged before step {self.bar.n} ({values}): start again with a lower --lr, "
+                      f"another --out and --init {self.path.parent}/last.pt, the last good one, if it exists",
+                      file=sys.stderr)
             raise SystemExit(1)
         return values
 
@@ -1094,7 +1113,7 @@ def save_grid(args, ema, diffusion, device, epoch):
     """samples_NNNN.png: images of the EMA network from noise that is the same every time, 64 on a GPU, 16 on a CPU."""
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    images = to_uint8(diffusion.sample(ema.forward, noise))  # .forward is not compiled, a batch of 64 would be anew
+    images = to_uint8(diffusion.sample(ema.forward, noise))  # .forward: another batch size would compile again
     save_image(images / 255, Path(args.out) / f"samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
 
 
@@ -1125,6 +1144,8 @@ def report_bench(args, seconds, flops, device, world):
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
+        import resource  # not on Windows
+
         name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     result = {
         "img_per_s": round(speed, 2), "ms_per_step": round(1000 * seconds / args.bench, 2),
@@ -1139,7 +1160,7 @@ def report_bench(args, seconds, flops, device, world):
 def parse_args(argv=None):
     """Flags -> Namespace with every default resolved. Exits with status 2 on a wrong value."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    group = parser.add_argument_group("model ([P] Sec. 3, 4)")
+    group = parser.add_argument_group("model ([P])")
     group.add_argument("--model", choices=["ddpm", "edm", "rf"], default="ddpm", help="formulation (default: ddpm)")
     group.add_argument("--backbone", choices=list(BACKBONES), default="ddpm",
                        help="35.7 M, 56.5 M or 1.7 M parameters (default: ddpm)")
@@ -1147,7 +1168,7 @@ def parse_args(argv=None):
                        help="self-conditioning after --layer (default: off; bare: adaptive; add is the ablation)")
     group.add_argument("--layer", help="decoder block of the feature, out_1, out_2, .. (default: [P] Tab. 10)")
     group.add_argument("--dropout", type=float, help="(default: 0.1, EDM 0.13, tiny 0; [P] Tab. 8)")
-    group = parser.add_argument_group("augmentation and contrastive part ([P] Sec. 5, 6)")
+    group = parser.add_argument_group("augmentation and contrastive part ([P])")
     group.add_argument("--aug", type=float, metavar="P",
                        help="probability of each non-leaky transform (default: 0; 0.12 with --cl)")
     group.add_argument("--cl", type=float, metavar="GAMMA", default=0.0,
@@ -1156,7 +1177,7 @@ def parse_args(argv=None):
                        help="time-dependent or original projector (default: time)")
     group.add_argument("--cl-t", type=float, metavar="LEVEL",
                        help="noise level of the teacher and default of probe.py --t "
-                       "(default: step 11, EDM sigma 0.06, RF time 0.06; [P] Tab. 10)")
+                       "(default: step 11, EDM sigma 0.06, at 64 pixels 0.2964, RF time 0.06; [P] Tab. 10)")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="shapes",
                        help="shapes, cifar10, cifar100, tiny-imagenet or any folder below --data (default: shapes)")
@@ -1170,7 +1191,8 @@ def parse_args(argv=None):
     group.add_argument("--batch", type=int, help="total over all ranks (default: ddpm 512, ddpmpp 256, tiny 32)")
     group.add_argument("--accum", type=int, default=1, help="accumulation steps; --batch stays the total (default: 1)")
     group.add_argument("--lr", type=float, help="(default: 4e-4; tiny 2e-3)")
-    group.add_argument("--warmup", type=float, help="epochs (default: 13, EDM 200, at most a tenth of --epochs)")
+    group.add_argument("--warmup", type=float,
+                       help="epochs (default: 13, EDM 200; at most a quarter of --epochs, tiny a tenth)")
     group.add_argument("--cooldown", type=float,
                        help="share of the run at its end in which lr falls to 0 (default: 0; tiny 0.3)")
     group.add_argument("--ema", type=float, help="EMA decay per step (default: 0.9999, EDM 0.9993, tiny 0.999)")
@@ -1198,10 +1220,14 @@ def parse_args(argv=None):
     if resolution >= 64 and (args.model, args.backbone) == ("edm", "ddpm"):
         layer, level = "out_5", 0.2964  # [P] Tab. 10, the 64-pixel column
     epochs = args.epochs if args.epochs is not None else (5 if tiny else 2000)
-    defaults = {
+    given = [f"{name.replace('_', '-')}{getattr(args, name)}" for name in
+             ("layer", "cl_t", "resolution", "epochs", "batch", "lr", "warmup", "cooldown", "ema", "dropout")
+             if getattr(args, name) is not None]  # to tell runs apart
+    defaults = {  # UNSPECIFIED: the caps on the warm-up, for short runs
         "resolution": resolution, "layer": layer, "cl_t": level, "epochs": epochs, "batch": BATCH[args.backbone],
         "dropout": 0.0 if tiny else recipe["dropout"], "ema": 0.999 if tiny else recipe["ema"],
-        "lr": 2e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / 10), "cooldown": 0.3 if tiny else 0.0,
+        "lr": 2e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / (10 if tiny else 4)),
+        "cooldown": 0.3 if tiny else 0.0,
         "aug": 0.12 if args.cl > 0 else 0.0,  # two views need it
     }
     for name, value in defaults.items():
@@ -1224,7 +1250,8 @@ def parse_args(argv=None):
         parser.error(f"--layer or --cl-t: {error}")
     if args.out is None:
         parts = [args.dataset, args.model, args.backbone, args.self_cond and f"sc-{args.self_cond}",
-                 args.aug and f"aug{args.aug:g}", args.cl and f"cl{args.cl:g}", args.seed and f"seed{args.seed}"]
+                 args.aug and f"aug{args.aug:g}", args.cl and f"cl{args.cl:g}", args.cl_head == "moco" and "moco",
+                 args.seed and f"seed{args.seed}", *given]
         args.out = "runs/" + "-".join(part for part in parts if part)
     return args
 
@@ -1248,7 +1275,7 @@ class Objective(nn.Module):
         self.net, self.diffusion, self.head, self.gamma = net, diffusion, head, gamma
 
     def forward(self, view, key=None):
-        """Total loss = L_diffusion + gamma L_moco ([P] Sec. 6) of one view, and numbers worth logging."""
+        """Total loss = L_diffusion + gamma L_moco of one view, and numbers worth logging."""
         loss, (feat, e_t) = self.diffusion.loss(self.net, view["x0"], view["level"], view["noise"], aug=view["aug"])
         stats = {"loss_diffusion": loss.detach()}
         if key is not None:
@@ -1260,18 +1287,20 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def teacher_key(ema, projector, diffusion, view):
-    """Key (B, 256) of the EMA network at its fixed level, from a second view; the pass stops at --layer. [P] Sec. 6"""
+    """Key (B, 256) of the EMA network at its fixed level, from a second view; the pass stops at --layer. [P]"""
     x_t, t = diffusion.inputs(view["x0"], view["level"], view["noise"])
     return projector(*ema(x_t, t, aug=view["aug"], feat="only"))
 
 
-def draw_view(n, shape, diffusion, args, generator):
-    """The random numbers of one view of a whole batch. Every rank draws them all and keeps its rows, so that the
-    result does not depend on how many ranks share the batch."""
+def draw_view(n, shape, diffusion, args, generator, level=None):
+    """The random numbers of one view of a whole batch; a given level, the teacher's t*, is taken for all images.
+
+    Every rank draws them all and keeps its rows, so that the result does not depend on how many ranks share a batch.
+    """
     device = generator.device
     draws = {
         "flip": torch.rand(n, generator=generator, device=device) < 0.5,
-        "level": diffusion.draw_level(n, generator),  # (n,)
+        "level": diffusion.draw_level(n, generator) if level is None else torch.full((n,), level, device=device),
         "noise": torch.randn(n, *shape, generator=generator, device=device),
     }
     return draws | ({"params": gate_augment(draw_augment(n, generator), args.aug)} if args.aug > 0 else {})  # (n, 8)
@@ -1289,7 +1318,7 @@ def make_view(images, draws, args):
 def learning_rate(args, step, per_epoch, total):
     """Linear warm-up, constant, and with --cooldown a linear fall to 0 at the end ([P] Tab. 8 has none)."""
     warm = min(1.0, (step + 1) / max(1.0, args.warmup * per_epoch))
-    return args.lr * min(warm, (total - step) / max(1.0, args.cooldown * total))
+    return args.lr * max(0.0, min(warm, (total - step) / max(1.0, args.cooldown * total)))
 
 
 def main(args):
@@ -1297,14 +1326,15 @@ def main(args):
     # 1. Where we run, and how the batch is cut.
     rank, world, device = setup_distributed(args.device)
     cuda = device.type == "cuda"
-    torch.set_float32_matmul_precision("high")
     if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x accumulation = {world} x {args.accum}")
     local = args.batch // (world * args.accum)
     if not args.bench:
         check_out(args)
-    bf16 = args.amp == "bf16" or (args.amp == "auto" and cuda and torch.cuda.is_bf16_supported())
-    amp = torch.bfloat16 if bf16 else torch.float16 if args.amp == "fp16" or (args.amp == "auto" and cuda) else None
+    if args.amp == "auto":  # bf16 in hardware, or else fp16
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     autocast = torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
     # 2. Data: uint8, whole, on the device. --bench takes noise, it needs no data set.
@@ -1353,11 +1383,9 @@ def main(args):
             return module(views[0], key)
 
     def draw(n, generator):
-        """One view's random numbers for the denoiser; with --cl a second one for the teacher, at its fixed level t*."""
-        views = [draw_view(n, net.shape, diffusion, args, generator) for _ in range(2 if head else 1)]
-        if head:
-            views[1]["level"] = torch.full_like(views[1]["level"], args.cl_t)
-        return views
+        """Random numbers of the denoiser's view and, with --cl, of the teacher's."""
+        levels = [None, args.cl_t] if head else [None]
+        return [draw_view(n, net.shape, diffusion, args, generator, level) for level in levels]
 
     generator = torch.Generator(device)
     flops = 0
@@ -1378,7 +1406,9 @@ def main(args):
     if rank == 0 and not args.bench:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
-    header = {"classes": classes, "ranks": world, "torch": torch.__version__, "device": str(device)}
+    header = {"classes": classes, "ranks": world, "torch": torch.__version__,
+              "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+              "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     log, stop = MetricsLog(args, step, end, rank, header), StopSignal()
     objective.train()
     order_epoch, saved, stopping = None, time.time(), 0
@@ -1403,7 +1433,8 @@ def main(args):
                 # 3. Gradients.
                 scaler.scale(loss / args.accum).backward()
             log.add(stats)
-        # 4. Update the weights, then their average. UNSPECIFIED: the average warms up, for the sake of short runs.
+        # 4. Update the weights, then their average. UNSPECIFIED: the decay warms up, for the sake of short runs; it
+        #    is 0.9955 after 2 000 steps, 0.9999 after 90 000.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [P] Tab. 8
         log.add({"grad_norm": grad_norm if amp is not torch.float16 else grad_norm.nan_to_num(0, 0, 0)})
@@ -1423,13 +1454,13 @@ def main(args):
         log.bar.update()
         epoch, ended = step // per_epoch, step % per_epoch == 0
         stopping = stop.agreed()  # SIGTERM or SIGINT: nothing is lost
-        keep = ended and epoch % args.save_every == 0 or step == end
+        keep = ended and (epoch % args.save_every == 0 or step == total)
         draw_grid = args.sample_every > 0 and (ended and epoch % args.sample_every == 0 or step == end)
-        if step % args.log_every == 0 or keep or draw_grid:
+        if step % args.log_every == 0 or keep or draw_grid or step == end:
             log.write(step, epoch, lr, args.batch)
         if rank == 0 and not args.bench:
             state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
-            if keep or stopping or (ended and time.time() - saved > 900):
+            if keep or stopping or step == end or (ended and time.time() - saved > 900):
                 log.check()
                 save_run(args, state, modules, optimizer, scaler)
                 saved = time.time()

@@ -202,6 +202,7 @@ def test_learning_rate():
          {"layer": "out_9", "cl_t": 0.06, "batch": 256, "dropout": 0.13, "ema": 0.9993, "warmup": 200}),
         (["--model", "rf", "--backbone", "ddpmpp", "--dataset", "cifar100"], {"layer": "out_8", "cl_t": 0.06}),
         (["--model", "edm", "--dataset", "tiny-imagenet"], {"layer": "out_5", "cl_t": 0.2964, "resolution": 64}),
+        (["--model", "edm", "--epochs", "1200"], {"warmup": 200}),
         (["--cl", "0.01"], {"aug": 0.12}),
         (["--cl", "0.01", "--aug", "0"], {"aug": 0}),
         ([], {"aug": 0, "epochs": 2000, "cooldown": 0, "save_every": 200}),
