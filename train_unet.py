@@ -5,7 +5,7 @@
 [EDM]  Karras et al. 2022, arXiv:2206.00364   [EDM2] Karras et al. 2023, arXiv:2312.02696
 [RF]   Liu et al. 2022, arXiv:2209.03003   [MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
 
-    python train_unet.py --dataset shapes --backbone tiny --self-cond                      # a laptop, four minutes
+    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond          # a laptop, four minutes
     torchrun --nproc_per_node=4 train_unet.py --dataset cifar100 --model edm --backbone ddpm --self-cond --cl 0.01
 
 Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper and what we measured.
