@@ -184,7 +184,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """The UNet of DDPM or DDPM++ with self-conditioning after one decoder block. [P] Tab. 8, Sec. 4.
+    """The UNet of DDPM or DDPM++ with self-conditioning after one decoder block. [P] Tab. 8
 
     Args:
         resolution: image side; attention stands wherever the side is 16, and in the middle.
@@ -287,7 +287,7 @@ class UNet(nn.Module):
                 if feat == "only":
                     return pooled, e_t
                 if self.self_cond is not None:
-                    e = self.self_cond(e, e_t, pooled)  # [P]
+                    e = self.self_cond(e, e_t, pooled)  # [P]: self-conditioning
         out = self.final(F.silu(self.norm(h)))
         return (out, (pooled, e_t)) if feat == "too" else out
 
@@ -317,7 +317,7 @@ class UNet(nn.Module):
 
 # ---- 3. Self-conditioning: the paper's idea ---------------------------------------------------------
 class SelfConditioning(nn.Module):
-    """Condense the pooled feature and feed it back to the decoder. [P].
+    """Condense the pooled feature and feed it back to the decoder. [P]
 
     adaptive: e' = e + s(SiLU(e_t)) * MLP(feat), s linear;   add (ablation): e' = e + MLP(feat).
     """
@@ -1160,7 +1160,7 @@ def report_bench(args, seconds, flops, device, world):
 def parse_args(argv=None):
     """Flags -> Namespace with every default resolved. Exits with status 2 on a wrong value."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    group = parser.add_argument_group("model ([P])")
+    group = parser.add_argument_group("model")
     group.add_argument("--model", choices=["ddpm", "edm", "rf"], default="ddpm", help="formulation (default: ddpm)")
     group.add_argument("--backbone", choices=list(BACKBONES), default="ddpm",
                        help="35.7 M, 56.5 M or 1.7 M parameters (default: ddpm)")
@@ -1168,7 +1168,7 @@ def parse_args(argv=None):
                        help="self-conditioning after --layer (default: off; bare: adaptive; add is the ablation)")
     group.add_argument("--layer", help="decoder block of the feature, out_1, out_2, .. (default: [P] Tab. 10)")
     group.add_argument("--dropout", type=float, help="(default: 0.1, EDM 0.13, tiny 0; [P] Tab. 8)")
-    group = parser.add_argument_group("augmentation and contrastive part ([P])")
+    group = parser.add_argument_group("augmentation and contrastive part")
     group.add_argument("--aug", type=float, metavar="P",
                        help="probability of each non-leaky transform (default: 0; 0.12 with --cl)")
     group.add_argument("--cl", type=float, metavar="GAMMA", default=0.0,
