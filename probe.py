@@ -486,8 +486,8 @@ def parse_args(argv=None):
     add("--subset", type=int, metavar="N", help="at most N random images of each split, to save time; None: all")
     add("--cache", action=on_off, default=False, help="draw the noise once per image and flip and train on stored "
         "features: two passes over the training split instead of one per epoch, for 8 N D bytes. Measured on the "
-        "README's quick start (s=0.2964, 3000 images, 10 epochs): top-1 moves by -0.4 on average over the layers, 1.5 at most; "
-        "another --seed moves it by 0.9")
+        "README's quick start (s=0.2964, 3000 images, 10 epochs): top-1 moves by -0.4 on average over the layers, "
+        "1.5 at most; another --seed moves it by 0.9")
     add = parser.add_argument_group("run").add_argument
     add("--data", help="data root; None: that of the training run")
     add("--json", type=Path, metavar="FILE", help="all results; None: beside the first checkpoint if --grid or "
