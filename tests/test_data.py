@@ -57,7 +57,6 @@ def test_center_crop_and_resize(tmp_path):
     assert images.shape == (1, 3, 8, 8)
     inner = images[0, :, :, 1:7].flatten(1).float()
     assert (inner - torch.tensor([[200.0], [100.0], [50.0]])).abs().max() <= 12  # bicubic rings a little at the edges
-    assert (inner[:, 2:4] - torch.tensor([[200.0], [100.0], [50.0]])).abs().max() <= 1 or inner.shape[1] == 48
 
 
 def test_tiny_imagenet_layout(tmp_path):
