@@ -39,7 +39,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from sample import fail, generate, load_checkpoint, setup_distributed
+from sample import add_sampling_flags, fail, generate, load_checkpoint, sampling, setup_distributed
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA = "6726825d"  # how the file's sha256 begins
@@ -375,13 +375,13 @@ def open_samples(args, device):
     if path.suffix == ".npz" or (path.is_dir() and not run):
         return None, open_images(path, args.n, args.batch)
     model = load_checkpoint(path, device)
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     def blocks(rank, world):
-        for indices, images, _ in generate(model, args.n, args.seed, args.steps, args.batch, rank, world, amp):
+        for indices, images, _ in generate(model, args.n, rank, world, **sampling(args)):
             yield indices, images
 
-    return model, Images(str(model), args.n, (model.args.resolution,) * 2, blocks)
+    name = f"{model}, {args.labels} labels" if model.net.classes else str(model)
+    return model, Images(name, args.n, (model.args.resolution,) * 2, blocks)
 
 
 @torch.no_grad()
@@ -520,10 +520,7 @@ def parse_args(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     parser.add_argument("--batch", type=int, default=128, help="images per network evaluation and rank")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group = parser.add_argument_group("sampling from a checkpoint, as in sample.py")
-    group.add_argument("--seed", type=int, default=0, help="seed of the set; image i depends on (seed, i) only")
-    group.add_argument("--steps", type=int, help="None: DDIM 100, Heun 18, RF adaptive RK45; RF with a number: Euler")
-    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast, never of the Inception")
+    add_sampling_flags(parser.add_argument_group("sampling from a checkpoint, as in sample.py"))
     args = parser.parse_args(argv)
     if args.n < 2 or args.batch < 1 or (args.steps is not None and args.steps < 1) or args.seed < 0:
         parser.error("--n must be at least 2, --batch and --steps at least 1, --seed at least 0")
@@ -565,7 +562,7 @@ def main(args):
             result = {"fid": fid, "is_mean": score, "is_std": spread, "n": samples.n, "samples": args.samples}
             if model is not None:
                 result |= {"checkpoint": str(model.path), "weights": "ema", "epoch": model.epoch, "step": model.step}
-                result |= {"seed": args.seed, "steps": args.steps, "amp": args.amp}
+                result |= {"seed": args.seed, "steps": args.steps, "amp": args.amp, "labels": args.labels}
             result |= {"resolution": list(samples.size), "reference": made, "inception_sha256": inception.sha256}
             Path(args.json).write_text(json.dumps(result | {"torch": torch.__version__}, indent=2) + "\n")
         print(f"FID {fid:.2f}  IS {score:.2f} +- {spread:.2f}")

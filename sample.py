@@ -125,8 +125,15 @@ def initial_noise(indices, shape, seed):
     return torch.from_numpy(np.stack(rows))
 
 
+def class_labels(indices, classes, kind, seed):
+    """Class of each image, (len(indices),) int64: "balanced" (index modulo classes) or "random" (by seed and index)."""
+    if kind == "balanced":
+        return torch.tensor(list(indices)) % classes
+    return torch.tensor([int(np.random.default_rng((seed, i, 1)).integers(classes)) for i in indices])
+
+
 @torch.no_grad()
-def generate(model, n, seed=0, steps=None, batch=256, rank=0, world=1, amp=None):
+def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=None, labels="balanced"):
     """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ...
 
     Args:
@@ -136,24 +143,26 @@ def generate(model, n, seed=0, steps=None, batch=256, rank=0, world=1, amp=None)
         steps: sampler steps, None for the formulation's own.
         batch: images per network evaluation (memory only, it changes nothing else).
         amp: dtype of autocast, None for float32.
+        labels: of class_labels, where the network is class-conditional.
     Yields:
         (indices, images, nfe): a range, uint8 (len(indices), 3, H, W) on the CPU, network evaluations per image.
     """
     device = next(model.net.parameters()).device
     calls = 0
 
-    def net(x, t, *args, **kwargs):
+    def net(x, t, y=None, aug=None):
         """The network in pieces of `batch` images, counting evaluations."""
         nonlocal calls
         calls += 1
-        pieces = zip(x.split(batch), t.split(batch), strict=True)
+        pieces = [slice(i, i + batch) for i in range(0, len(x), batch)]
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            return torch.cat([model.net(*piece, *args, **kwargs) for piece in pieces])
+            return torch.cat([model.net(x[i], t[i], None if y is None else y[i], aug) for i in pieces])
 
     for first in range(rank * BLOCK, n, world * BLOCK):
         calls, indices = 0, range(first, min(first + BLOCK, n))
         noise = initial_noise(indices, model.net.shape, seed).to(device)
-        x0 = model.diffusion.sample(net, noise, **({} if steps is None else {"steps": steps}))
+        y = class_labels(indices, model.net.classes, labels, seed).to(device) if model.net.classes else None
+        x0 = model.diffusion.sample(net, noise, y=y, **({} if steps is None else {"steps": steps}))
         if not torch.isfinite(x0).all():
             fail(f"{model.path}: the sampler returned NaN or infinity; the weights are broken, take an earlier epoch")
         yield indices, model.script.to_uint8(x0), calls
@@ -183,6 +192,25 @@ def gather_blocks(blocks, rank, world):
             yield from (b for b in received if b is not None)
 
 
+def add_sampling_flags(group):
+    """The flags of generate, which fid.py has as well."""
+    group.add_argument("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive RK45; RF with a "
+                       "number: Euler (default: %(default)s)")
+    group.add_argument("--labels", choices=["balanced", "random"], default="balanced",
+                       help="classes of class-conditional samples, balanced: image i has class i modulo their number; "
+                       "it moves FID (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0,
+                       help="of the set; image i depends on (seed, i) only (default: %(default)s)")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
+                       help="autocast of the network (default: %(default)s)")
+
+
+def sampling(args):
+    """What the flags of add_sampling_flags and --batch mean to generate."""
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    return {"seed": args.seed, "steps": args.steps, "batch": args.batch, "amp": amp, "labels": args.labels}
+
+
 def parse_args(argv=None):
     """Flags -> Namespace."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -190,11 +218,8 @@ def parse_args(argv=None):
     parser.add_argument("--n", type=int, help="images (default: 64; of several checkpoints 12 each)")
     parser.add_argument("--out", help="folder for PNGs, FILE.npz (arr_0: uint8 N,H,W,3) or FILE.png "
                         "(default: samples.png beside the first checkpoint)")
-    parser.add_argument("--steps", type=int, help="sampler steps (default: DDIM 100, Heun 18, RF adaptive RK45; "
-                        "RF with a number: Euler)")
-    parser.add_argument("--seed", type=int, default=0, help="of the set; image i depends on (seed, i) (default: 0)")
+    add_sampling_flags(parser)
     parser.add_argument("--batch", type=int, default=256, help="images per network evaluation (default: 256)")
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast (default: off)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
     args.n = args.n if args.n is not None else (64 if len(args.ckpt) == 1 else 12)
@@ -216,15 +241,14 @@ def main(args):
         fail(f"--out {args.out} is not an empty folder: choose another, so that the count stays exact")
     if rank == 0:
         (args.out if folder else args.out.parent).mkdir(parents=True, exist_ok=True)
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     rows = []
     for path in args.ckpt:
         model = load_checkpoint(path, device)
         if rank == 0:
-            print(model)
+            print(model, *([f"{args.labels} labels"] if model.net.classes else []), sep=", ")
         bar = tqdm(total=args.n, unit="img", desc="sample", disable=rank > 0)
         start, nfes, images = time.time(), [], [None] * args.n
-        blocks = generate(model, args.n, args.seed, args.steps, args.batch, rank, world, amp)
+        blocks = generate(model, args.n, rank, world, **sampling(args))
         for indices, block, nfe in gather_blocks(blocks, rank, world):
             for i, image in zip(indices, block, strict=True):
                 images[i] = image

@@ -66,6 +66,7 @@ LAYERS = {  # [P] Tab. 10: most semantic decoder block on CIFAR-10, elsewhere. U
 }
 LEVELS = {"ddpm": 11, "edm": 0.06, "rf": 0.06}  # [P] Tab. 10: the noise level at which that block is read
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
+ADDED = ("self_cond.", "time_emb.aug_emb.")  # what [P] adds to the network: public weights lack it
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SHAPES = ("bar", "crescent", "cross", "disc", "ell", "frame", "plus", "ring", "square", "triangle")
 SYM6 = (  # low-pass taps of the 12-tap symlet [EDM] App. F.2; they sum to sqrt(2)
@@ -198,7 +199,7 @@ class UNet(nn.Module):
 
     def __init__(self, resolution, width, mult, blocks, biggan, dropout=0.0, aug_dim=0, layer=None, self_cond=None):
         super().__init__()
-        self.shape = (3, resolution, resolution)
+        self.shape, self.classes = (3, resolution, resolution), 0  # [P]'s UNets are unconditional
         emb_dim = 4 * width
         self.time_emb = TimeEmbedding(width, aug_dim)
         self.image_proj = nn.Conv2d(3, width, 3, padding=1)
@@ -999,17 +1000,17 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from a public checkpoint or one of ours (--init): official names, wrapper prefixes are dropped.
 
-    What the paper adds (self-conditioning, augmentation label) may be missing in the file; anything else is an error.
+    What the paper adds (ADDED) may be missing in the file; anything else is an error.
     """
     state = read_checkpoint(path)
     state = state if isinstance(state, dict) else {}
     for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     want = net.state_dict()
-    anchor = next(name for name in want if name.endswith("final.weight"))
+    anchor = max((name for name in want if not name.startswith(ADDED)), key=len)  # no other name ends like this
     prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
     found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    missing = [k for k in want if k not in found and not k.startswith(("self_cond.", "time_emb.aug_emb."))]
+    missing = [k for k in want if k not in found and not k.startswith(ADDED)]
     wrong = [k for k in want if k in found and getattr(found[k], "shape", None) != want[k].shape]
     if missing or wrong:
         fail(f"--init {path} does not fit this network: {len(missing)} tensors missing, {len(wrong)} of other shapes, "
@@ -1113,7 +1114,8 @@ def save_grid(args, ema, diffusion, device, epoch):
     """samples_NNNN.png: images of the EMA network from noise that is the same every time, 64 on a GPU, 16 on a CPU."""
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    images = to_uint8(diffusion.sample(ema.forward, noise))  # .forward: another batch size would compile again
+    y = torch.arange(len(noise), device=device) % ema.classes if ema.classes else None
+    images = to_uint8(diffusion.sample(ema.forward, noise, y=y))  # .forward: another batch size would compile again
     save_image(images / 255, Path(args.out) / f"samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
 
 
@@ -1175,6 +1177,7 @@ def parse_args(argv=None):
                        help="weight of the MoCo v3 loss (default: 0, off; 0.01 in the paper)")
     group.add_argument("--cl-head", choices=["time", "moco"], default="time",
                        help="time-dependent or original projector (default: time)")
+    group.add_argument("--cl-hidden", type=int, metavar="N", help="hidden width of the head (default: 4096; tiny 512)")
     group.add_argument("--cl-t", type=float, metavar="LEVEL",
                        help="noise level of the teacher and default of probe.py --t "
                        "(default: step 11, EDM sigma 0.06, at 64 pixels 0.2964, RF time 0.06; [P] Tab. 10)")
@@ -1208,7 +1211,8 @@ def parse_args(argv=None):
     group.add_argument("--sample-every", type=int, default=50,
                        help="epochs between sample grids, 0 for none (default: 50)")
     group.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl (default: 50)")
-    group.add_argument("--max-steps", type=int, help="stop after this step, even within an epoch")
+    group.add_argument("--max-steps", type=int, help="stop after this step, even within an epoch; with 0 and --init "
+                       "public weights become a checkpoint for the tools")
     group.add_argument("--bench", type=int, metavar="N", help="time N steps, print JSON, write nothing")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
@@ -1221,26 +1225,27 @@ def parse_args(argv=None):
         layer, level = "out_5", 0.2964  # [P] Tab. 10, the 64-pixel column
     epochs = args.epochs if args.epochs is not None else (5 if tiny else 2000)
     given = [f"{name.replace('_', '-')}{getattr(args, name)}" for name in
-             ("layer", "cl_t", "resolution", "epochs", "batch", "lr", "warmup", "cooldown", "ema", "dropout")
-             if getattr(args, name) is not None]  # to tell runs apart
+             ("layer", "cl_t", "resolution", "epochs", "batch", "lr", "warmup", "cooldown", "ema", "dropout",
+              "cl_hidden") if getattr(args, name) is not None]  # to tell runs apart
     defaults = {  # UNSPECIFIED: the caps on the warm-up, for short runs
         "resolution": resolution, "layer": layer, "cl_t": level, "epochs": epochs, "batch": BATCH[args.backbone],
         "dropout": 0.0 if tiny else recipe["dropout"], "ema": 0.999 if tiny else recipe["ema"],
         "lr": 2e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / (10 if tiny else 4)),
         "cooldown": 0.3 if tiny else 0.0,
         "aug": 0.12 if args.cl > 0 else 0.0,  # two views need it
+        "cl_hidden": 512 if tiny else 4096,
     }
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "batch", "accum", "save_every", "log_every", "max_steps", "bench", "lr"):
+    for name in ("epochs", "batch", "accum", "save_every", "log_every", "bench", "lr", "cl_hidden"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name in ("aug", "cooldown", "dropout", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} must be between 0 and 1")
-    if min(args.cl, args.warmup, args.sample_every, args.seed) < 0:
-        parser.error("--cl, --warmup, --sample-every and --seed must not be negative")
+    if min(args.cl, args.warmup, args.sample_every, args.seed, args.max_steps or 0) < 0:
+        parser.error("--cl, --warmup, --sample-every, --seed and --max-steps must not be negative")
     if args.resolution % 2 ** (len(BACKBONES[args.backbone]["mult"]) - 1):
         parser.error(f"--resolution {args.resolution} cannot be halved at every level of {args.backbone}")
     try:
@@ -1267,6 +1272,11 @@ def build(args):
 
 
 # ---- 9. The loop ------------------------------------------------------------------------------------
+def make_optimizer(objective, args):
+    """Adam on everything. [P] Tab. 8"""
+    return torch.optim.Adam(objective.parameters(), lr=args.lr, fused=True)
+
+
 class Objective(nn.Module):
     """Everything trainable in one module, called once per pass, so that DDP sees every gradient."""
 
@@ -1276,7 +1286,7 @@ class Objective(nn.Module):
 
     def forward(self, view, key=None):
         """Total loss = L_diffusion + gamma L_moco of one view, and numbers worth logging."""
-        loss, (feat, e_t) = self.diffusion.loss(self.net, view["x0"], view["level"], view["noise"], aug=view["aug"])
+        loss, (feat, e_t) = self.diffusion.loss(self.net, **view)
         stats = {"loss_diffusion": loss.detach()}
         if key is not None:
             contrast, found = moco_loss(self.head(feat, e_t), key)
@@ -1306,13 +1316,14 @@ def draw_view(n, shape, diffusion, args, generator, level=None):
     return draws | ({"params": gate_augment(draw_augment(n, generator), args.aug)} if args.aug > 0 else {})  # (n, 8)
 
 
-def make_view(images, draws, args):
-    """uint8 (B, 3, H, W) and its draws -> dict of x0 in [-1, 1], augmentation label, level and noise."""
-    x0, label = to_x0(images), None
-    x0 = torch.where(draws["flip"].view(-1, 1, 1, 1), x0.flip(3), x0)
-    if args.aug > 0:
-        x0, label = augment(x0, draws["params"]), augment_label(draws["params"])
-    return {"x0": x0, "aug": label, "level": draws["level"], "noise": draws["noise"]}
+def make_view(images, draws):
+    """uint8 (B, 3, H, W) and its draws -> what diffusion.loss takes: x0 in [-1, 1], level, noise, aug."""
+    x0, draws = to_x0(images), dict(draws)
+    x0 = torch.where(draws.pop("flip").view(-1, 1, 1, 1), x0.flip(3), x0)
+    if "params" not in draws:
+        return {"x0": x0, "aug": None} | draws
+    params = draws.pop("params")
+    return {"x0": augment(x0, params), "aug": augment_label(params)} | draws
 
 
 def learning_rate(args, step, per_epoch, total):
@@ -1339,35 +1350,38 @@ def main(args):
 
     # 2. Data: uint8, whole, on the device. --bench takes noise, it needs no data set.
     if args.bench:
-        images, classes = torch.randint(256, (4 * args.batch, 3, args.resolution, args.resolution)).byte(), []
+        images = torch.randint(256, (4 * args.batch, 3, args.resolution, args.resolution)).byte()
+        labels, classes = torch.zeros(len(images), dtype=torch.long), []
     else:
-        images, _, classes = read_data(args, "train")
+        images, labels, classes = read_data(args, "train")
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
-    images = images if args.data_device == "cpu" else images.to(device)
+    images, labels = images if args.data_device == "cpu" else images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
 
     # 3. Network, its average, the head, the optimiser.
     torch.manual_seed(args.seed)
     net, diffusion = build(args)
+    if net.classes and not len(classes) <= net.classes:
+        fail(f"--cond {net.classes}: {args.dataset} has {len(classes)} classes; give their number, or --cond alone")
     if args.init and not args.resume:
         load_weights(net, args.init)
     head = None
     if args.cl > 0:
-        head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", 512 if args.backbone == "tiny" else 4096)
+        head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden)
     objective = Objective(net, diffusion, head, args.cl).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema_projector = copy.deepcopy(head.projector).requires_grad_(False) if head else None
     modules = {"model": net, "ema": ema, "diffusion": diffusion}
     modules |= {"head": head, "ema_projector": ema_projector} if head else {}
-    optimizer = torch.optim.Adam(objective.parameters(), lr=args.lr, fused=True)
+    optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     step = load_run(args, modules, optimizer, scaler) if args.resume and not args.bench else 0
     if rank == 0:
-        extra = sum(p.numel() for p in net.self_cond.parameters()) if args.self_cond else 0
-        print(f"{args.model} on {args.backbone}: {sum(p.numel() for p in net.parameters()):,} parameters, of which "
-              f"self-conditioning {extra:,}; feature {args.layer} ({net.feat_dim} channels)")
+        added = sum(p.numel() for name, p in net.named_parameters() if name.startswith(ADDED))
+        print(f"{args.model}, {type(net).__name__}: {sum(p.numel() for p in net.parameters()):,} parameters, of which "
+              f"{added:,} of the paper's own; feature {args.layer} ({net.feat_dim} channels)")
         print(f"{args.dataset}: {len(images):,} images of {args.resolution} px, "
               f"{args.epochs} epochs of {per_epoch} steps")
         print(f"batch {args.batch} in total = {world} ranks x {args.accum} accumulation x {local} images; "
@@ -1377,7 +1391,7 @@ def main(args):
     def forward(rows, draws, module):
         batch = images[rows]
         batch = batch.pin_memory().to(device, non_blocking=True) if cuda and not batch.is_cuda else batch
-        views = [make_view(batch, d, args) for d in draws]
+        views = [make_view(batch, d) for d in draws]
         with autocast:
             key = teacher_key(ema, ema_projector, diffusion, views[1]) if head else None
             return module(views[0], key)
@@ -1412,6 +1426,9 @@ def main(args):
     log, stop = MetricsLog(args, step, end, rank, header), StopSignal()
     objective.train()
     order_epoch, saved, stopping = None, time.time(), 0
+    about = {"script": Path(__file__).stem, "args": vars(args)}
+    if end == 0 and rank == 0:  # --max-steps 0: a checkpoint of the weights as they came
+        save_run(args, about | {"epoch": 0, "step": 0}, modules, optimizer, scaler)
     while step < end:
         if step == warm:
             start = synchronized_time(device)
@@ -1424,6 +1441,9 @@ def main(args):
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
         rows = order[step % per_epoch * args.batch :][: args.batch]
         draws = draw(args.batch, generator)
+        if net.classes:  # some images come without their label, with the null class; the teacher never sees one
+            drop = torch.rand(args.batch, generator=generator, device=device) < args.label_drop
+            draws[0]["y"] = torch.where(drop, net.classes, labels[rows.to(device)])
         for micro in range(args.accum):
             mine = slice((micro * world + rank) * local, (micro * world + rank + 1) * local)
             sync = micro == args.accum - 1 or world == 1
@@ -1459,7 +1479,7 @@ def main(args):
         if step % args.log_every == 0 or keep or draw_grid or step == end:
             log.write(step, epoch, lr, args.batch)
         if rank == 0 and not args.bench:
-            state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+            state = about | {"epoch": epoch, "step": step}
             if keep or stopping or step == end or (ended and time.time() - saved > 900):
                 log.check()
                 save_run(args, state, modules, optimizer, scaler)

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
-MAY_DIFFER = {"build", "parse_args", "main"}  # what each script is about
+MAY_DIFFER = {"build", "parse_args", "make_optimizer"}  # what each script is about
+TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"]}
 SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images"],
         "to_uint8": ["x0"], "main": ["args"]}  # fmt: skip
 
@@ -29,12 +30,12 @@ def blocks(path):
 
 def test_same_name_means_same_text():
     found = {p.name: blocks(p) for p in SCRIPTS}
-    compared = 0
     for a, b in itertools.combinations(found, 2):
-        for name in (found[a].keys() & found[b].keys()) - MAY_DIFFER:
+        train = a.startswith("train_") and b.startswith("train_")  # they even share their loop
+        same = (found[a].keys() & found[b].keys()) - MAY_DIFFER - (set() if train else {"main"})
+        for name in same:
             assert found[a][name] == found[b][name], f"{name} differs between {a} and {b}"
-            compared += 1
-    assert compared >= 2  # fail and setup_distributed at least: the comparison is not empty
+        assert len(same) >= 40 or not train, len(same)  # the comparison is not empty
 
 
 def test_train_scripts_have_the_same_sections():
@@ -55,7 +56,7 @@ def test_seam(path):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert not ours & set(names)
-    net, diffusion = module.build(module.parse_args(["--backbone", "tiny"]))
+    net, diffusion = module.build(module.parse_args(TINY[path.stem]))
     assert list(inspect.signature(net.forward).parameters)[:4] == ["x", "t", "y", "aug"]
     assert list(inspect.signature(net.features).parameters) == ["x", "t", "y", "pool"]
     assert list(inspect.signature(diffusion.add_noise).parameters) == ["x0", "level", "noise"]
@@ -73,7 +74,7 @@ def test_every_flag_is_read(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_citations_are_defined(path):
-    keys = r"\[(P|EDM2?|DDPM|DDIM|RF|MoCo|FID|IS)\]"
+    keys = r"\[(P|EDM2?|DDPM|DDIM|RF|MoCo|UViT|FID|IS)\]"
     text = path.read_text()
     head = ast.get_docstring(ast.parse(text))
     assert "arXiv:2505.10999" in head

@@ -1,0 +1,376 @@
+"""train_uvit.py: parity with the official U-ViT, the [CLS] token, the mask, labels, and runs as its user makes them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+
+import probe
+import sample
+import train_uvit as V
+
+TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8", "--log-every", "1", "--sample-every", "0"]
+
+
+def network(seed=0, **kw):
+    """A small U-ViT with no weight left at its initial value."""
+    torch.manual_seed(seed)
+    net = V.UViT(8, 2, 32, 5, 2, **kw)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def batch(n=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=g), 999 * torch.rand(n, generator=g)
+
+
+def official(name):
+    """in_1 -> in_block_0, mid -> mid_block, out_2 -> out_block_1."""
+    stage, _, i = name.partition("_")
+    return f"{stage}_block" + (f"_{int(i) - 1}" if i else "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_shapes():
+    """64 images instead of 10 000, so that an epoch is 8 steps."""
+    original = V.draw_shapes
+    V.draw_shapes = lambda n, seed: original(64, seed)
+    yield
+    V.draw_shapes = original
+
+
+# ---- parity and sizes
+@pytest.mark.parametrize("name", ["uvit_uncond", "uvit_class"])
+def test_parity(golden, name):
+    """Every block's tokens, their pooled means and the output; 10 label rows are 9 classes and the null class."""
+    f, blocks = golden(name), {}
+    net = V.UViT(16, 2, 64, 5, 4, classes=9 if name == "uvit_class" else 0)
+    net.load_state_dict(f.weights())
+    net.eval().requires_grad_(False)
+    assert sum(p.numel() for p in net.parameters()) == f.param_count
+    x, t, y = (f.inputs.get(k) for k in "xty")
+    f.check("tokens", net.tokens(x, V.time_sinusoid(t, 64), y, None))
+    f.check("final", net(x, t, y, tap=lambda k, h: blocks.update({k: h})))
+    assert list(blocks) == net.layers == ["in_1", "in_2", "mid", "out_1", "out_2"]
+    for k, h in blocks.items():
+        f.check(official(k), h)
+    for k, v in net.features(x, t, y).items():
+        f.check(f"gap_{official(k)}", v)
+
+
+def test_full_size_parameter_counts():
+    def count(*flags):
+        with torch.device("meta"):
+            return sum(p.numel() for p in V.build(V.parse_args(["--dataset", "cifar100", *flags]))[0].parameters())
+
+    assert count() == 44_255_328
+    assert count("--cls-token") == 44_255_328 + 2 * 512  # the token and its position
+    assert count("--cls-token", "--aug", "0.12") == 44_255_328 + 2 * 512 + 10 * 512  # a linear map of the 9-vector
+    assert count("--cond") == 44_255_328 + 102 * 512  # 100 classes, the null class, one more position
+
+
+# ---- [CLS] and the mask
+def block(masked):
+    torch.manual_seed(0)
+    return V.UViTBlock(32, 4, masked, skip=False), torch.randn(2, 7, 32)
+
+
+@pytest.mark.parametrize(("changed", "blind"), [(0, 1), (1, 0)])
+def test_mask_between_cls_and_augmentation(changed, blind):
+    """In one block the two tokens do not reach each other but reach and see all others; without the mask they do."""
+    for masked in (True, False):
+        module, x = block(masked)
+        other = x.clone()
+        other[:, changed] += torch.randn(32)
+        moved = (module(x) - module(other)).abs().amax(dim=(0, 2)) > 1e-6  # which of the 7 tokens
+        want = torch.ones(7, dtype=torch.bool)
+        want[blind] = not masked
+        assert moved.equal(want)
+        other = x.clone()
+        other[:, 2:] += torch.randn(5, 32)
+        assert ((module(x) - module(other)).abs().amax(dim=(0, 2)) > 1e-6).all()
+
+
+def test_mask_equals_an_explicit_one():
+    """Values and gradients, against one attention over all rows with a full mask."""
+    module, x = block(masked=True)
+    attn, x = module.attn, x.requires_grad_()
+    mask = torch.ones(7, 7, dtype=torch.bool)
+    mask[0, 1] = mask[1, 0] = False
+    q, k, v = attn.qkv(x).view(2, 7, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~mask, -torch.inf)
+    want = attn.proj((scores.softmax(3) @ v).transpose(1, 2).reshape(2, 7, 32))
+    got = attn(x)
+    assert torch.allclose(got, want, atol=1e-5)
+    grads = [torch.autograd.grad(out.square().sum(), [x, *attn.parameters()]) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_label_reaches_cls_through_the_patches_only():
+    """In the network: [CLS] is the same after the first block whatever the label, and differs from the second on."""
+    net = network(cls_token=True, aug_dim=9)
+    x, t = batch()
+    seen = []
+    for aug in (None, torch.ones(3, 9)):
+        found = {}
+        net(x, t, aug=aug, tap=lambda name, h, found=found: found.update({name: h[:, 0]}))
+        seen.append(found)
+    same = [torch.allclose(seen[0][k], seen[1][k], atol=1e-6) for k in net.layers]
+    assert same == [True, False, False, False, False]
+    assert not any(b.attn.masked for b in network(cls_token=True).in_blocks)  # nothing to be masked from
+
+
+def test_cls_gathers_and_redistributes():
+    """The image determines [CLS], and [CLS] reaches the output; image tokens keep their places behind it."""
+    net = network(cls_token=True, layer="out_1", target="cls")
+    x, t = batch()
+    _, (feat, _) = net(x, t, feat="too")
+    assert feat.equal(net.features(x, t, pool="cls")["out_1"]) and not feat[0].allclose(feat[1])
+    (grad,) = torch.autograd.grad(net(x, t).square().sum(), net.cls_token)
+    assert grad.abs().max() > 0
+    plain = network()
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("cls")})
+    assert net.length == plain.length and not plain(x, t).allclose(net(x, t), atol=1e-4)
+    blocks = {}
+    net(x, t, tap=lambda name, h: blocks.update({name: h}))
+    assert blocks["mid"].shape == (3, 18, 32)  # [CLS], time, 16 patches
+    assert net.features(x, t)["mid"].allclose(blocks["mid"][:, 2:].mean(1), atol=1e-6)
+    token = net.features(x, t, pool="token")["mid"]
+    assert all((blocks["mid"][i, 2:] == token[i]).all(1).any() for i in range(3))
+
+
+@pytest.mark.parametrize("target", ["cls", "gap"])
+def test_teacher_stops_at_the_layer(target):
+    net, calls = network(cls_token=True, aug_dim=9, layer="out_1", target=target), []
+    for b in [*net.in_blocks, net.mid_block, *net.out_blocks]:
+        b.register_forward_hook(lambda *_: calls.append(1))
+    x, t = batch()
+    aug = torch.randn(3, 9)
+    _, (feat, e_t) = net(x, t, aug=aug, feat="too")
+    assert len(calls) == 5 and feat.shape == e_t.shape == (3, 32) and feat.dtype == torch.float32
+    calls.clear()
+    only = net(x, t, aug=aug, feat="only")
+    assert len(calls) == 4 and only[0].equal(feat) and only[1].equal(e_t)
+
+
+def test_zero_label_equals_no_label():
+    net = network(cls_token=True, aug_dim=9)
+    x, t = batch()
+    assert net(x, t).equal(net(x, t, aug=torch.zeros(3, 9)))
+    assert not net(x, t).allclose(net(x, t, aug=torch.ones(3, 9)), atol=1e-3)
+
+
+def test_null_class():
+    x, t = batch()
+    net = network(classes=4)
+    assert net.label_emb.weight.shape == (5, 32)
+    assert net(x, t).equal(net(x, t, torch.full((3,), 4)))
+    assert not net(x, t).allclose(net(x, t, torch.tensor([0, 1, 2])), atol=1e-4)
+    bare = network(classes=4, null_class=False)  # as public class-conditional weights: the mean stands for it
+    assert bare.label_emb.weight.shape == (4, 32)
+    want = bare(x, t)
+    with torch.no_grad():
+        bare.label_emb.weight.copy_(bare.label_emb.weight.mean(0))
+    assert torch.allclose(bare(x, t, torch.tensor([3, 1, 2])), want, atol=1e-5)
+
+
+def test_network_refuses_what_it_cannot_take():
+    net = network()
+    with pytest.raises(ValueError, match="x must be"):
+        net(torch.zeros(1, 3, 16, 16), torch.zeros(1))
+    with pytest.raises(ValueError, match="unconditional"):
+        net(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="--cls-token"):
+        net.features(torch.zeros(1, 3, 8, 8), torch.zeros(1), pool="cls")
+    for kw, says in (({"layer": "out_9"}, "in_1, in_2, mid"), ({"target": "cls"}, "CLS")):
+        with pytest.raises(ValueError, match=says):
+            network(**kw)
+    with pytest.raises(ValueError, match="do not divide"):
+        V.UViT(16, 3, 32, 5, 2)
+
+
+# ---- optimiser, defaults
+def test_decay_groups():
+    """[P]: no decay on biases and position embeddings; everything else decays, [CLS] too."""
+    args = V.parse_args([*TINY, "--cls-token", "--cond", "--cl", "0.01"])
+    net, diffusion = V.build(args)
+    head = V.MoCoHead(net.feat_dim, net.emb_dim, True, 64)
+    objective = V.Objective(net, diffusion, head, args.cl)
+    optimizer = V.make_optimizer(objective, args)
+    names = {id(p): name for name, p in objective.named_parameters()}
+    groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    assert set(groups) == {0.03, 0.0} and set.union(*groups.values()) == set(names.values())
+    first = {"net.mid_block." + k for k in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    decay = {f"{k}.weight" for k in first} | {"net.cls_token", "net.label_emb.weight", "net.aug_emb.weight"}
+    decay |= {"net.patch_embed.proj.weight", "net.norm.weight", "net.decoder_pred.weight", "net.final_layer.weight"}
+    decay |= {"net.out_blocks.0.skip_linear.weight", "head.predictor.linear.0.weight", "head.projector.time.0.weight"}
+    still = {f"{k}.bias" for k in first - {"net.mid_block.attn.qkv"}} | {"net.pos_embed", "net.cls_pos_embed"}
+    still |= {"net.patch_embed.proj.bias", "net.norm.bias", "net.decoder_pred.bias", "net.final_layer.bias"}
+    still |= {"net.aug_emb.bias", "net.out_blocks.0.skip_linear.bias", "head.projector.norm.0.bias"}
+    assert decay <= groups[0.03] and still <= groups[0.0]
+    assert all(name.endswith((".bias", "pos_embed")) for name in groups[0.0])
+    assert not any(name.endswith((".bias", "pos_embed")) for name in groups[0.03])
+    assert all(g["betas"] == (0.99, 0.999) for g in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        (["--dataset", "cifar100", "--cls-token", "--cl", "0.01"],
+         {"model": "ddpm", "size": "S", "patch": 2, "layer": "out_2", "cl_t": 11, "cl_target": "cls", "aug": 0.12,
+          "batch": 256, "epochs": 2000, "lr": 4e-4, "warmup": 13, "ema": 0.9999, "cond": 0, "cooldown": 0}),
+        (["--dataset", "tiny-imagenet"], {"patch": 4, "layer": "out_1", "cl_t": 66, "resolution": 64, "aug": 0}),
+        (["--cl", "0.01", "--cl-target", "gap", "--cls-token"], {"cl_target": "gap"}),
+        (["--cl", "0.01"], {"cl_target": "gap"}),
+        (["--model", "edm", "--dataset", "cifar10"], {"cl_t": 0.06, "warmup": 200, "ema": 0.9993}),
+        (["--cond"], {"cond": 10, "label_drop": 0.1}),
+        (["--cond", "1000", "--dataset", "imagenet"], {"cond": 1000}),
+    ],
+)  # fmt: skip
+def test_defaults_are_the_papers(flags, want):
+    args = vars(V.parse_args(flags))
+    assert {k: args[k] for k in want} == want
+
+
+def test_ddpm_time_is_below_1000():
+    """[P]: the network sees t in [0, 1000); the factor is that of the public weights' training, 999 per unit time."""
+    _, diffusion = V.build(V.parse_args(TINY))
+    _, t = diffusion.inputs(torch.zeros(2, 3, 16, 16), torch.tensor([1, 1000]), torch.zeros(2, 3, 16, 16))
+    assert t.tolist() == pytest.approx([0.999, 999])
+
+
+# ---- runs
+def train(out, *flags):
+    """Run the script in this process; returns its metrics lines without the header."""
+    V.main(V.parse_args([*TINY, "--out", str(out), *flags]))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+def load(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
+    flags = ["--cls-token", "--cond", "--cl", "0.01", "--epochs", "2"]
+    whole = train(tmp_path / "a", *flags, "--max-steps", "10")
+    train(tmp_path / "b", *flags, "--max-steps", "7")
+    parts = train(tmp_path / "b", *flags, "--max-steps", "10", "--resume")
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    for key in ("model", "ema", "head", "ema_projector"):
+        assert all(a[key][k].equal(v) for k, v in b[key].items()), key
+    for line in whole + parts:
+        line.pop("img_per_s")
+    assert whole == parts
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """The user's own command, small: every step's loss, gradient norm and the weights."""
+    flags = [*TINY, "--cls-token", "--cl", "0.01", "--max-steps", "4"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for n, extra in (("1", []), ("2", launch)):
+        command = [sys.executable, *extra, str(ROOT / "train_uvit.py"), *flags, "--out", str(tmp_path / n)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, env=env, cwd=tmp_path, timeout=200, capture_output=True)
+    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()[1:]] for n in "12"]
+    for a, b in zip(*lines, strict=True):
+        for key in a.keys() - {"img_per_s", "cl_std"}:  # the std of the queries is of a rank's own
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), (a["step"], key)
+    a, b = load(tmp_path / "1")["ema"], load(tmp_path / "2")["ema"]
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
+@pytest.mark.parametrize("model", ["ddpm", "edm", "rf"])
+def test_tools_take_it_through_the_seam(tmp_path, model, capsys):
+    """Trained with everything on, sampled, probed with all poolings; class-conditional labels are said."""
+    flags = ["--model", model, "--cls-token", "--cond", "--cl", "0.01"]
+    train(tmp_path, *flags, "--max-steps", "2", "--sample-every", "1" if model == "edm" else "0")
+    if model == "edm":
+        assert Image.open(tmp_path / "samples_0000.png").size == (4 * 18 + 2, 4 * 18 + 2)
+    capsys.readouterr()
+    run = sample.parse_args([str(tmp_path), "--n", "12", "--steps", "2", "--out", str(tmp_path / "s.npz")])
+    sample.main(run)
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (12, 16, 16, 3)
+    assert "balanced labels" in capsys.readouterr().out
+    found = {}
+    for pool in ("gap", "token", "cls"):
+        flags = [str(tmp_path), "--grid", "--t", str(V.LEVELS[model][0]), "--pool", pool, "--epochs", "1"]
+        found[pool] = probe.main(probe.parse_args([*flags, "--subset", "64", "--batch", "32"]))[0]
+        cells = found[pool]["cells"]
+        assert [c["layer"] for c in cells] == ["in_1", "in_2", "in_3", "mid", "out_1", "out_2", "out_3"]
+    assert found["cls"]["protocol"]["pool"] == "cls"
+
+
+def test_labels_of_samples():
+    assert sample.class_labels(range(8, 13), 10, "balanced", 0).tolist() == [8, 9, 0, 1, 2]
+    a = sample.class_labels(range(200), 10, "random", 0)
+    assert a[50:60].equal(sample.class_labels(range(50, 60), 10, "random", 0)) and set(a.tolist()) == set(range(10))
+    assert not a.equal(sample.class_labels(range(200), 10, "random", 1))
+
+
+def test_label_decides_what_is_sampled(tmp_path):
+    """generate hands each image its own class, in pieces too."""
+    train(tmp_path, "--cond", "--max-steps", "1", "--model", "edm")
+    model = sample.load_checkpoint(tmp_path)
+    ((_, whole, _),) = sample.generate(model, 6, steps=2)
+    ((_, parts, _),) = sample.generate(model, 6, steps=2, batch=4)
+    assert (whole.int() - parts.int()).abs().max() <= 1
+    seen = []
+    model.net.register_forward_pre_hook(lambda net, args: seen.append(args[2].tolist()))
+    list(sample.generate(model, 12, steps=1, batch=8))
+    assert seen[:2] == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+def test_init_makes_a_checkpoint_of_public_weights(tmp_path):
+    """Official names in, with --max-steps 0 a checkpoint for the tools out, [CLS] added or not."""
+    torch.manual_seed(1)
+    source, _ = V.build(V.parse_args(TINY))
+    torch.save(source.state_dict(), tmp_path / "public.pth")
+    for extra in ([], ["--cls-token", "--aug", "0.1"]):
+        out = tmp_path / f"run{len(extra)}"
+        train(out, "--init", str(tmp_path / "public.pth"), "--max-steps", "0", *extra)
+        model = sample.load_checkpoint(out)
+        assert model.step == 0
+        for k, v in source.state_dict().items():
+            assert model.net.state_dict()[k].equal(v), k
+    wrong, _ = V.build(V.parse_args([*TINY, "--patch", "4"]))
+    with pytest.raises(SystemExit) as stop:
+        V.load_weights(wrong, tmp_path / "public.pth")
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--patch", "5"], "do not divide"), (["--layer", "out_7"], "in_1, in_2"), (["--cl-target", "cls"], "CLS"),
+        (["--cond", "--dataset", "mine"], "give the number"), (["--cond", "4"], "has 10 classes"),
+        (["--label-drop", "2"], "--label-drop must be between"), (["--cl-t", "0.06"], "whole steps"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        V.main(V.parse_args([*TINY, "--out", str(tmp_path / "run"), *flags]))
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(err) == 1 and says in err[0], err
+
+
+def test_blocks_run_in_bf16_autocast():
+    """The residual stream, the feature and the time embedding stay in float32."""
+    net = network(cls_token=True, aug_dim=9, layer="out_1", target="cls")
+    x, t = batch()
+    want, (feat, _) = net(x, t, feat="too")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, (low, e_t) = net(x, t, feat="too")
+    assert low.dtype == e_t.dtype == torch.float32
+    assert F.cosine_similarity(low, feat).min() > 0.999
+    assert (out.float() - want).abs().max() < 0.05 * want.abs().max()
