@@ -133,7 +133,7 @@ def class_labels(indices, classes, kind, seed):
 
 
 @torch.no_grad()
-def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=None, labels="balanced"):
+def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=None, labels="balanced", vae=None):
     """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ...
 
     Args:
@@ -144,10 +144,12 @@ def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=No
         batch: images per network evaluation (memory only, it changes nothing else).
         amp: dtype of autocast, None for float32.
         labels: of class_labels, where the network is class-conditional.
+        vae: file of the VA-VAE that decodes latents, None for the one of the training run.
     Yields:
         (indices, images, nfe): a range, uint8 (len(indices), 3, H, W) on the CPU, network evaluations per image.
     """
     device = next(model.net.parameters()).device
+    decode = model.script.decoder(model.args, device, vae)
     calls = 0
 
     def net(x, t, y=None, aug=None):
@@ -165,7 +167,7 @@ def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=No
         x0 = model.diffusion.sample(net, noise, y=y, **({} if steps is None else {"steps": steps}))
         if not torch.isfinite(x0).all():
             fail(f"{model.path}: the sampler returned NaN or infinity; the weights are broken, take an earlier epoch")
-        yield indices, model.script.to_uint8(x0), calls
+        yield indices, decode(x0), calls
 
 
 def gather_blocks(blocks, rank, world):
@@ -199,6 +201,7 @@ def add_sampling_flags(group):
     group.add_argument("--labels", choices=["balanced", "random"], default="balanced",
                        help="classes of class-conditional samples, balanced: image i has class i modulo their number; "
                        "it moves FID (default: %(default)s)")
+    group.add_argument("--vae", metavar="FILE", help="VA-VAE of checkpoints on latents; None: the training run's")
     group.add_argument("--seed", type=int, default=0,
                        help="of the set; image i depends on (seed, i) only (default: %(default)s)")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
@@ -208,7 +211,8 @@ def add_sampling_flags(group):
 def sampling(args):
     """What the flags of add_sampling_flags and --batch mean to generate."""
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    return {"seed": args.seed, "steps": args.steps, "batch": args.batch, "amp": amp, "labels": args.labels}
+    flags = {name: getattr(args, name) for name in ("seed", "steps", "batch", "labels", "vae")}
+    return flags | {"amp": amp}
 
 
 def parse_args(argv=None):

@@ -692,6 +692,14 @@ def load_data(args, split):
     return read_data(args, split)[:2]
 
 
+def training_set(args, device):
+    """Images, labels and class names to train on. --bench takes noise: it needs no data set."""
+    if not args.bench:
+        return read_data(args, "train")
+    images = torch.randint(256, (4 * args.batch, 3, args.resolution, args.resolution)).byte()
+    return images, torch.zeros(len(images), dtype=torch.long), []
+
+
 def to_x0(images):
     """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -700,6 +708,11 @@ def to_x0(images):
 def to_uint8(x0):
     """x0 (B, 3, H, W), nominally in [-1, 1] -> uint8."""
     return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def decoder(args, device, vae=None):
+    """The function that turns what the sampler returns into uint8 images; pixels need no --vae."""
+    return to_uint8
 
 
 def draw_augment(n, generator):
@@ -1115,7 +1128,8 @@ def save_grid(args, ema, diffusion, device, epoch):
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     y = torch.arange(len(noise), device=device) % ema.classes if ema.classes else None
-    images = to_uint8(diffusion.sample(ema.forward, noise, y=y))  # .forward: another batch size would compile again
+    x0 = diffusion.sample(ema.forward, noise, y=y)  # .forward: another batch size would compile again
+    images = decoder(args, device)(x0)
     save_image(images / 255, Path(args.out) / f"samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
 
 
@@ -1302,18 +1316,22 @@ def teacher_key(ema, projector, diffusion, view):
     return projector(*ema(x_t, t, aug=view["aug"], feat="only"))
 
 
-def draw_view(n, shape, diffusion, args, generator, level=None):
-    """The random numbers of one view of a whole batch; a given level, the teacher's t*, is taken for all images.
+def draw_views(n, shape, diffusion, args, generator):
+    """The random numbers of a whole batch: of the denoiser's view and, with --cl, of the teacher's at its level t*.
 
     Every rank draws them all and keeps its rows, so that the result does not depend on how many ranks share a batch.
     """
-    device = generator.device
-    draws = {
-        "flip": torch.rand(n, generator=generator, device=device) < 0.5,
-        "level": diffusion.draw_level(n, generator) if level is None else torch.full((n,), level, device=device),
-        "noise": torch.randn(n, *shape, generator=generator, device=device),
-    }
-    return draws | ({"params": gate_augment(draw_augment(n, generator), args.aug)} if args.aug > 0 else {})  # (n, 8)
+    views, device = [], generator.device
+    for level in (None, args.cl_t) if args.cl > 0 else (None,):
+        view = {
+            "flip": torch.rand(n, generator=generator, device=device) < 0.5,
+            "level": diffusion.draw_level(n, generator) if level is None else torch.full((n,), level, device=device),
+            "noise": torch.randn(n, *shape, generator=generator, device=device),
+        }
+        if args.aug > 0:
+            view["params"] = gate_augment(draw_augment(n, generator), args.aug)  # (n, 8)
+        views.append(view)
+    return views
 
 
 def make_view(images, draws):
@@ -1348,12 +1366,8 @@ def main(args):
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     autocast = torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
-    # 2. Data: uint8, whole, on the device. --bench takes noise, it needs no data set.
-    if args.bench:
-        images = torch.randint(256, (4 * args.batch, 3, args.resolution, args.resolution)).byte()
-        labels, classes = torch.zeros(len(images), dtype=torch.long), []
-    else:
-        images, labels, classes = read_data(args, "train")
+    # 2. Data: whole, on the device.
+    images, labels, classes = training_set(args, device)
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
     images, labels = images if args.data_device == "cpu" else images.to(device), labels.to(device)
@@ -1396,15 +1410,11 @@ def main(args):
             key = teacher_key(ema, ema_projector, diffusion, views[1]) if head else None
             return module(views[0], key)
 
-    def draw(n, generator):
-        """Random numbers of the denoiser's view and, with --cl, of the teacher's."""
-        levels = [None, args.cl_t] if head else [None]
-        return [draw_view(n, net.shape, diffusion, args, generator, level) for level in levels]
-
     generator = torch.Generator(device)
     flops = 0
     if args.bench:
-        flops = count_flops(lambda: forward(slice(2), draw(2, generator), objective)[0].backward(), 2)
+        draws = draw_views(2, net.shape, diffusion, args, generator)
+        flops = count_flops(lambda: forward(slice(2), draws, objective)[0].backward(), 2)
         optimizer.zero_grad(set_to_none=True)
     if args.compile or (args.compile is None and cuda):
         net.compile()
@@ -1440,7 +1450,7 @@ def main(args):
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, order_epoch))
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
         rows = order[step % per_epoch * args.batch :][: args.batch]
-        draws = draw(args.batch, generator)
+        draws = draw_views(args.batch, net.shape, diffusion, args, generator)
         if net.classes:  # some images come without their label, with the null class; the teacher never sees one
             drop = torch.rand(args.batch, generator=generator, device=device) < args.label_drop
             draws[0]["y"] = torch.where(drop, net.classes, labels[rows.to(device)])
