@@ -562,7 +562,7 @@ def main(args):
             result = {"fid": fid, "is_mean": score, "is_std": spread, "n": samples.n, "samples": args.samples}
             if model is not None:
                 result |= {"checkpoint": str(model.path), "weights": "ema", "epoch": model.epoch, "step": model.step}
-                result |= {"seed": args.seed, "steps": args.steps, "amp": args.amp, "labels": args.labels}
+                result |= {k: v for k, v in sampling(args).items() if k != "amp"} | {"amp": args.amp}
             result |= {"resolution": list(samples.size), "reference": made, "inception_sha256": inception.sha256}
             Path(args.json).write_text(json.dumps(result | {"torch": torch.__version__}, indent=2) + "\n")
         print(f"FID {fid:.2f}  IS {score:.2f} +- {spread:.2f}")

@@ -63,13 +63,13 @@ class Split:
 
     images: torch.Tensor
     labels: torch.Tensor
-    to_x0: object  # of the train script: images -> float32 in [-1, 1]
+    to_x0: object  # of the train script: uint8 images -> float32 in [-1, 1]
 
     def x0(self, index, flip):
         """Images by index (B,), mirrored where flip (B,) is true: (B, C, H, W) float32 on the device."""
         where, device = self.images.device, self.labels.device
         if self.images.ndim == 5:
-            return self.to_x0(self.images[index.to(where), flip.long().to(where)].to(device))
+            return self.images[index.to(where), flip.long().to(where)].to(device)
         x0 = self.to_x0(self.images[index.to(where)].to(device))  # (B, C, H, W)
         return torch.where(flip.view(-1, 1, 1, 1), x0.flip(3), x0)
 

@@ -11,6 +11,7 @@ used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 ev
 import argparse
 import dataclasses
 import importlib
+import inspect
 import os
 import pickle
 import sys
@@ -133,7 +134,8 @@ def class_labels(indices, classes, kind, seed):
 
 
 @torch.no_grad()
-def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=None, labels="balanced", vae=None):
+def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=None, labels="balanced", vae=None,
+             **options):
     """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ...
 
     Args:
@@ -145,11 +147,18 @@ def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=No
         amp: dtype of autocast, None for float32.
         labels: of class_labels, where the network is class-conditional.
         vae: file of the VA-VAE that decodes latents, None for the one of the training run.
+        options: what else diffusion.sample takes (cfg, cfg_interval, shift).
     Yields:
         (indices, images, nfe): a range, uint8 (len(indices), 3, H, W) on the CPU, network evaluations per image.
     """
     device = next(model.net.parameters()).device
     decode = model.script.decoder(model.args, device, vae)
+    options |= {} if steps is None else {"steps": steps}
+    for name in options:
+        if name not in inspect.signature(model.diffusion.sample).parameters:
+            fail(f"--{name.replace('_', '-')}: {type(model.diffusion).__name__}, of {model.path}, has none; drop it")
+    if "cfg" in options and not model.net.classes:
+        fail(f"--cfg guides by class labels, and {model.path} is unconditional: drop it")
     calls = 0
 
     def net(x, t, y=None, aug=None):
@@ -164,7 +173,7 @@ def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=No
         calls, indices = 0, range(first, min(first + BLOCK, n))
         noise = initial_noise(indices, model.net.shape, seed).to(device)
         y = class_labels(indices, model.net.classes, labels, seed).to(device) if model.net.classes else None
-        x0 = model.diffusion.sample(net, noise, y=y, **({} if steps is None else {"steps": steps}))
+        x0 = model.diffusion.sample(net, noise, y=y, **options)
         if not torch.isfinite(x0).all():
             fail(f"{model.path}: the sampler returned NaN or infinity; the weights are broken, take an earlier epoch")
         yield indices, decode(x0), calls
@@ -197,11 +206,18 @@ def gather_blocks(blocks, rank, world):
 def add_sampling_flags(group):
     """The flags of generate, which fid.py has as well."""
     group.add_argument("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive RK45; RF with a "
-                       "number: Euler (default: %(default)s)")
+                       "number: Euler; DiT Euler 250 (default: %(default)s)")
     group.add_argument("--labels", choices=["balanced", "random"], default="balanced",
                        help="classes of class-conditional samples, balanced: image i has class i modulo their number; "
                        "it moves FID (default: %(default)s)")
-    group.add_argument("--vae", metavar="FILE", help="VA-VAE of checkpoints on latents; None: the training run's")
+    group.add_argument("--cfg", type=float, metavar="W", help="guidance weight of a class-conditional DiT, 1: off; "
+                       "None: 1.5, [P] (default: %(default)s)")
+    group.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="times at which guidance acts; None: 0 0.89, [P] (default: %(default)s)")
+    group.add_argument("--shift", type=float, metavar="S", help="of a DiT's time grid, t' = S t / (1 + (S - 1) t), "
+                       "1: off; None: 3.3, [P] (default: %(default)s)")
+    group.add_argument("--vae", metavar="FILE", help="VA-VAE of a DiT on latents; None: the training run's "
+                       "(default: %(default)s)")
     group.add_argument("--seed", type=int, default=0,
                        help="of the set; image i depends on (seed, i) only (default: %(default)s)")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
@@ -212,7 +228,8 @@ def sampling(args):
     """What the flags of add_sampling_flags and --batch mean to generate."""
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     flags = {name: getattr(args, name) for name in ("seed", "steps", "batch", "labels", "vae")}
-    return flags | {"amp": amp}
+    options = {"cfg": args.cfg, "cfg_interval": args.cfg_interval, "shift": args.shift}
+    return flags | {"amp": amp} | {name: value for name, value in options.items() if value is not None}
 
 
 def parse_args(argv=None):

@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 RECIPES = {"ddpm": {"ema": 0.9999, "warmup": 13}, "edm": {"ema": 0.9993, "warmup": 200},  # [P] Tab. 8
            "rf": {"ema": 0.9999, "warmup": 13}}
-SIZES = {  # S: [P] Tab. 8; M: [UViT] Tab. 1. UNSPECIFIED: tiny is ours, for a CPU
-    "tiny": {"width": 128, "depth": 7, "heads": 4},
+SIZES = {  # S: [P] Tab. 8; M: [UViT]. UNSPECIFIED: tiny is ours, for a CPU
+    "tiny": {"width": 64, "depth": 5, "heads": 4},
     "S": {"width": 512, "depth": 13, "heads": 8},
     "M": {"width": 768, "depth": 17, "heads": 12},
 }
@@ -1105,7 +1105,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=["ddpm", "edm", "rf"], default="ddpm",
                        help="formulation (default: ddpm; [P] found edm and rf unstable on U-ViT)")
-    group.add_argument("--size", choices=list(SIZES), default="S", help="1.5, 44.3 or 131 M parameters (default: S)")
+    group.add_argument("--size", choices=list(SIZES), default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
     group.add_argument("--patch", type=int, help="side of a patch (default: resolution / 16, at least 2)")
     group.add_argument("--cls-token", action="store_true", help="self-conditioning: add the [CLS] token (default: off)")
     group.add_argument("--layer", help="block of the feature: in_1, .., mid, out_1, .. "
@@ -1136,10 +1136,10 @@ def parse_args(argv=None):
     group.add_argument("--data-device", choices=["auto", "cpu"], default="auto",
                        help="where the uint8 images live; cpu when they do not fit the GPU (default: auto)")
     group = parser.add_argument_group("optimisation ([P] Tab. 8)")
-    group.add_argument("--epochs", type=int, help="(default: 2000; tiny 20)")
-    group.add_argument("--batch", type=int, help="total over all ranks (default: 256; tiny 64)")
+    group.add_argument("--epochs", type=int, help="(default: 2000; tiny 8)")
+    group.add_argument("--batch", type=int, help="total over all ranks (default: 256; tiny 16)")
     group.add_argument("--accum", type=int, default=1, help="accumulation steps; --batch stays the total (default: 1)")
-    group.add_argument("--lr", type=float, help="of AdamW, weight decay 0.03 (default: 4e-4; tiny 1e-3)")
+    group.add_argument("--lr", type=float, help="of AdamW, weight decay 0.03 (default: 4e-4; tiny 2e-3)")
     group.add_argument("--warmup", type=float,
                        help="epochs (default: 13, EDM 200; at most a quarter of --epochs, tiny a tenth)")
     group.add_argument("--cooldown", type=float,
@@ -1166,7 +1166,7 @@ def parse_args(argv=None):
     tiny, recipe = args.size == "tiny", RECIPES[args.model]
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
     large = resolution >= 64
-    epochs = args.epochs if args.epochs is not None else (20 if tiny else 2000)
+    epochs = args.epochs if args.epochs is not None else (8 if tiny else 2000)
     given = [f"{name.replace('_', '-')}{getattr(args, name)}" for name in
              ("patch", "layer", "cl_target", "cl_t", "cl_hidden", "resolution", "epochs", "batch", "lr", "warmup",
               "cooldown", "ema") if getattr(args, name) is not None]  # to tell runs apart
@@ -1176,8 +1176,8 @@ def parse_args(argv=None):
     defaults = {  # UNSPECIFIED: the caps on the warm-up, for short runs
         "resolution": resolution, "patch": max(2, resolution // 16), "layer": LAYERS[large],
         "cl_t": LEVELS[args.model][large], "cl_target": "cls" if args.cls_token else "gap",
-        "epochs": epochs, "batch": 64 if tiny else 256, "ema": 0.999 if tiny else recipe["ema"],
-        "lr": 1e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / (10 if tiny else 4)),
+        "epochs": epochs, "batch": 16 if tiny else 256, "ema": 0.999 if tiny else recipe["ema"],
+        "lr": 2e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / (10 if tiny else 4)),
         "cooldown": 0.3 if tiny else 0.0,
         "aug": 0.12 if args.cl > 0 else 0.0,  # two views need it
         "cl_hidden": 512 if tiny else 4096,

@@ -11,7 +11,8 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("*.py"))
 TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
 MAY_DIFFER = {"build", "parse_args", "make_optimizer"}  # what each script is about
-TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"]}
+LATENTS = {"load_data", "training_set", "decoder", "draw_views", "make_view"}  # where train_dit.py's data come in
+TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
 SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images"],
         "to_uint8": ["x0"], "main": ["args"]}  # fmt: skip
 
@@ -32,10 +33,11 @@ def test_same_name_means_same_text():
     found = {p.name: blocks(p) for p in SCRIPTS}
     for a, b in itertools.combinations(found, 2):
         train = a.startswith("train_") and b.startswith("train_")  # they even share their loop
-        same = (found[a].keys() & found[b].keys()) - MAY_DIFFER - (set() if train else {"main"})
+        free = MAY_DIFFER | (set() if train else {"main"}) | (LATENTS if "train_dit.py" in (a, b) else set())
+        same = (found[a].keys() & found[b].keys()) - free
         for name in same:
             assert found[a][name] == found[b][name], f"{name} differs between {a} and {b}"
-        assert len(same) >= 40 or not train, len(same)  # the comparison is not empty
+        assert len(same) >= 35 or not train, len(same)  # the comparison is not empty
 
 
 def test_train_scripts_have_the_same_sections():
@@ -74,7 +76,7 @@ def test_every_flag_is_read(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_citations_are_defined(path):
-    keys = r"\[(P|EDM2?|DDPM|DDIM|RF|MoCo|UViT|FID|IS)\]"
+    keys = r"\[(P|EDM2?|DDPM|DDIM|RF|MoCo|UViT|L?DiT|RoPE|KL|SD3|CFG|Int|FID|IS)\]"
     text = path.read_text()
     head = ast.get_docstring(ast.parse(text))
     assert "arXiv:2505.10999" in head

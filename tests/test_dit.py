@@ -1,0 +1,471 @@
+"""train_dit.py: parity with LightningDiT and its VA-VAE, guidance, the cache of latents, and runs by its user."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import probe
+import sample
+import train_dit as D
+import train_unet as T
+
+TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8", "--log-every", "1", "--sample-every", "0"]
+
+
+def network(seed=0, **kw):
+    """A small DiT with no weight left at its initial value."""
+    torch.manual_seed(seed)
+    net = D.DiT(3, 8, 2, 32, 4, 2, **kw)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def batch(n=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.rand(n, generator=g)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_shapes():
+    """64 images instead of 10 000, so that an epoch is 8 steps."""
+    original = D.draw_shapes
+    D.draw_shapes = lambda n, seed: original(64, seed)
+    yield
+    D.draw_shapes = original
+
+
+# ---- parity and sizes
+def official(f, config):
+    """The fixture's network; what it keeps from its constructor must be what ours computes."""
+    net = D.DiT(config["in_channels"], config["input_size"], config["patch_size"], config["hidden_size"],
+                config["depth"], config["num_heads"], classes=config["num_classes"])  # fmt: skip
+    missing, unexpected = net.load_state_dict(f.weights(), strict=False)
+    assert set(missing) == set(f.kept) and not unexpected and set(net.state_dict()) == set(f.shapes)
+    return net.eval().requires_grad_(False)
+
+
+def test_dit(golden):
+    f, blocks = golden("dit_small"), {}
+    net = official(f, f.config)
+    assert sum(p.numel() for p in net.parameters()) == f.param_count
+    for name, value in f.kept_values.items():
+        assert torch.allclose(net.state_dict()[name], value, atol=1e-6), name
+    x, t, y = (f.inputs[k] for k in "xty")
+    f.check("tokens", net.tokens(x))
+    f.check("t_emb", net.t_embedder(t))
+    f.check("y_emb", net.y_embedder(y))
+    f.check("final", net(x, t, y, tap=lambda k, h: blocks.update({k: h})))
+    for i, name in enumerate(net.layers):
+        f.check(f"block_{i}", blocks[name])
+        f.check(f"gap_block_{i}", net.features(x, t, y)[name])
+
+
+def test_guidance(golden):
+    f = golden("dit_guidance")
+    net, rf = official(f, f.config["network"]), D.LatentRF()
+    z, t, y = (f.inputs[k] for k in "zty")
+    cfg, interval = f.config["cfg_scale"], (0, 1 - f.config["interval_start"])
+    for i, clock in enumerate(t.tolist()):  # their time, their sign
+        f.check(f"cond_{i}", -rf.velocity(net, z, 1 - clock, y))
+        f.check(f"uncond_{i}", -rf.velocity(net, z, 1 - clock))
+        f.check(f"guided_{i}", -rf.velocity(net, z, 1 - clock, y, cfg, interval))
+    points, shift = f.config["num_steps"], 1 / f.config["timestep_shift"]
+    f.check("euler_sample", rf.sample(net, z, points - 1, y, cfg, interval, shift))
+
+
+def test_transport(golden):
+    f, rf = golden("transport"), D.LatentRF()
+    a, b, points = f.config["a"], f.config["b"], f.config["num_steps"]
+    data, noise, start = (f.inputs[k] for k in ("data", "noise", "start"))
+    t = 1 - f.inputs["t_ref"]
+    f.check("t_our", t)
+    f.check("xt_our", rf.add_noise(data, t, noise))
+    f.check("target_our", noise - data)
+
+    def net(x, clock, y=None, aug=None, feat=None):
+        out = a * x + b * clock.view(-1, 1, 1, 1)
+        return (out, None) if feat else out
+
+    for name, shift in (("plain", 1.0), ("shift", 1 / f.config["timestep_shift"])):
+        f.check(f"grid_our_{name}", torch.tensor(rf.times(points - 1, shift)))
+        f.check(f"sample_{name}", rf.sample(net, start, points - 1, shift=shift))
+    mse, cos = f.outputs["loss_per_sample"].mean(), f.outputs["cos_loss_per_sample"].mean()
+    f.check("loss_per_sample", D.LatentRF(cos_loss=False).loss(net, data, t, noise)[0], mse)
+    f.check("loss_per_sample", rf.loss(net, data, t, noise)[0], mse + cos)
+
+
+def test_vae(golden, tmp_path):
+    """As the public file wraps it: under state_dict, among the weights of what trained it."""
+    f = golden("vavae_small")
+    torch.save({"state_dict": f.weights() | {"loss.logvar": torch.zeros(1)}, "epoch": 3}, tmp_path / "vae.pt")
+    vae = D.load_vae(tmp_path / "vae.pt", "cpu")
+    assert sum(p.numel() for p in vae.parameters()) == f.param_count
+    with torch.device("meta"):
+        assert sum(p.numel() for p in D.VAE().parameters()) == 69_836_067
+    x = f.inputs["image"]
+    f.check("encoder", vae.encoder(x))
+    f.check("moments", vae.quant_conv(vae.encoder(x)))
+    mean, std = vae.encode(x)
+    f.check("mean", mean)
+    f.check("logvar", 2 * std.log())
+    f.check("decoded", vae.decode(mean))
+
+
+def test_full_size_parameter_counts():
+    def count(*flags):
+        with torch.device("meta"):
+            net, _ = D.build(D.parse_args(["--cache-latents", "none-yet", *flags]))
+        assert net.shape == (32, 16, 16)
+        return sum(p.numel() for p in net.parameters())
+
+    assert count() == 129_787_424
+    assert count("--cond", "1000") == 130_556_192
+    assert count("--self-cond") == 129_787_424 + 1_378_304  # [P]: 1.38 M
+    assert count("--qk-norm") == 129_787_424 + 12 * 2 * 64
+
+
+# ---- network
+def test_self_conditioning_starts_as_the_baseline_and_reaches_the_decoder_only():
+    base, plus = network(), network(self_cond="adaptive", layer="2")
+    plus.load_state_dict(base.state_dict(), strict=False)
+    for module in (plus.self_cond.mlp[2].weight, plus.self_cond.mlp[2].bias):
+        torch.nn.init.zeros_(module)
+    x, t = batch()
+    assert base(x, t).equal(plus(x, t))
+    before = plus.features(x, t)
+    torch.nn.init.ones_(plus.self_cond.mlp[2].bias)
+    after = plus.features(x, t)
+    assert [k for k in before if not before[k].equal(after[k])] == ["3", "4"]
+    with torch.device("meta"):
+        zero, _ = D.build(D.parse_args([*TINY, "--self-cond"]))
+    assert zero.self_cond.scale is not None
+
+
+def test_training_starts_at_zero_output_and_the_self_conditioning_mlp_at_zero():
+    net, _ = D.build(D.parse_args([*TINY, "--self-cond", "--cond"]))
+    x = torch.randn(2, 3, 16, 16)
+    assert net(x, torch.rand(2)).abs().max() == 0  # AdaLN-zero
+    assert net.self_cond.mlp[2].weight.abs().max() == net.self_cond.mlp[2].bias.abs().max() == 0
+
+
+def test_teacher_stops_at_the_layer_and_feature_is_the_pooled_block():
+    net, calls = network(self_cond="add", layer="3", classes=4), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    x, t = batch()
+    _, (feat, e_t) = net(x, t, feat="too")
+    assert len(calls) == 4 and feat.allclose(net.features(x, t)["3"], atol=1e-6)
+    calls.clear()
+    only = net(x, t, feat="only")
+    assert len(calls) == 3 and only[0].equal(feat) and only[1].equal(e_t)
+
+
+def test_null_class_and_token_pooling():
+    net = network(classes=4)
+    x, t = batch()
+    assert net(x, t).equal(net(x, t, torch.full((3,), 4))) and not net(x, t).equal(net(x, t, torch.tensor([0, 1, 2])))
+    blocks = {}
+    net(x, t, tap=lambda name, h: blocks.update({name: h}))
+    assert all((blocks["2"][i] == net.features(x, t, pool="token")["2"][i]).all(1).any() for i in range(3))
+
+
+def test_qk_norm_bounds_the_logits():
+    """Scaling queries and keys changes nothing with --qk-norm, and something without."""
+    x, t = batch()
+    for qk_norm in (True, False):
+        net = network(qk_norm=qk_norm)
+        before = net(x, t)
+        with torch.no_grad():
+            for block in net.blocks:
+                block.attn.qkv.weight[:64] *= 3
+                block.attn.qkv.bias[:64] *= 3
+        assert torch.allclose(net(x, t), before, atol=1e-4) == qk_norm
+
+
+def test_network_refuses_what_it_cannot_take():
+    net = network()
+    for kw in ({"y": torch.zeros(3, dtype=torch.long)}, {"aug": torch.zeros(3, 9)}):
+        with pytest.raises(ValueError, match="must be"):
+            net(*batch(), **kw)
+    with pytest.raises(ValueError, match="CLS"):
+        net.features(*batch(), pool="cls")
+    for kw, says in (({"layer": "5"}, "1, 2, 3, 4"), ({"layer": "4", "self_cond": "add"}, "no decoder")):
+        with pytest.raises(ValueError, match=says):
+            network(**kw)
+
+
+# ---- formulation
+def test_times_are_lognorm():
+    t = D.LatentRF().draw_level(50_000, torch.Generator().manual_seed(0))
+    logit = (t / (1 - t)).log()
+    assert abs(logit.mean()) < 0.02 and abs(logit.std() - 1) < 0.02
+
+
+def test_guidance_costs_nothing_outside_its_interval():
+    calls = []
+
+    def net(x, clock, y=None):
+        calls.append((round(1 - clock[0].item(), 4), y is not None))
+        return torch.zeros_like(x) if y is None else x
+
+    x, y = torch.ones(2, 1, 2, 2), torch.zeros(2, dtype=torch.long)
+    D.LatentRF().sample(net, x, 10, y, cfg_interval=(0.0, 0.89), shift=1.0)
+    guided = [t for t, told in calls if not told]
+    assert len(calls) == 18 and guided == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # not at 1.0 and 0.9
+    calls.clear()
+    D.LatentRF().sample(net, x, 10, y, cfg=1.0)
+    assert len(calls) == 10 and all(told for _, told in calls)
+    calls.clear()
+    D.LatentRF().sample(net, x)
+    assert len(calls) == 250 and not any(told for _, told in calls)
+    one, two = torch.ones(1, 5, 1, 1), torch.zeros(1, dtype=torch.long)
+    assert D.LatentRF().velocity(net, one, 0.5, two, cfg=1.5).flatten().tolist() == [-1.5] * 5  # every channel
+
+
+def test_sampler_follows_the_flow_of_gaussian_data():
+    """Data ~ N(0, s^2) have a linear flow, x0 = s noise; Euler halves its error with twice the steps."""
+    s, noise = 0.3, torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def net(x, clock, y=None):
+        t = (1 - clock).view(-1, 1, 1, 1)
+        return -x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+
+    errors = [(D.LatentRF().sample(net, noise, n) - s * noise).abs().max().item() for n in (125, 250)]
+    assert errors[1] < 0.02 and errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+
+
+# ---- runs
+def train(out, *flags):
+    """Run the script in this process; returns its metrics lines without the header."""
+    D.main(D.parse_args([*TINY, "--out", str(out), *flags]))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+def load(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def launch(n, *flags):
+    """The script under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(ROOT / "train_dit.py"), *TINY, *flags], env=env, timeout=300,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
+    flags = ["--self-cond", "--cond", "--cl", "0.01", "--qk-norm", "--epochs", "2"]
+    whole = train(tmp_path / "a", *flags, "--max-steps", "10")
+    train(tmp_path / "b", *flags, "--max-steps", "7")
+    parts = train(tmp_path / "b", *flags, "--max-steps", "10", "--resume")
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    for key in ("model", "ema", "head", "ema_projector"):
+        assert all(a[key][k].equal(v) for k, v in b[key].items()), key
+    for line in whole + parts:
+        line.pop("img_per_s")
+    assert whole == parts
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ([], {"patch": 4, "size": "B"}),
+        (["--dataset", "cifar100"], {"patch": 2, "cl_t": 0.06, "layer": "8", "epochs": 2000, "data_device": "auto"}),
+        (["--cache-latents", "x", "--dataset", "imagenet100"],
+         {"patch": 1, "resolution": 256, "cl_t": 0.25, "layer": "8", "epochs": 1400, "batch": 1024, "lr": 2e-4,
+          "ema": 0.9999, "warmup": 0, "cooldown": 0, "data_device": "cpu", "cos_loss": True, "qk_norm": False}),
+        (["--cache-latents", "x", "--dataset", "imagenet100", "--cond", "100"], {"layer": "8", "epochs": 1000}),
+        (["--cache-latents", "x", "--dataset", "imagenet", "--cond", "1000"],
+         {"layer": "10", "epochs": 90, "label_drop": 0.1}),
+    ],
+)  # fmt: skip
+def test_defaults_are_the_papers(flags, want):
+    args = vars(D.parse_args(["--dataset", "elsewhere", *flags]))
+    assert {k: args[k] for k in want} == want
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--patch", "5"], "do not divide"), (["--layer", "9"], "1, 2, 3"), (["--cond", "4"], "has 10 classes"),
+        (["--vae", "x.pt"], "--cache-latents DIR"), (["--cache-latents", "x"], "give --vae FILE"),
+        (["--cache-latents", "x", "--resolution", "40"], "multiples of 16"), (["--cl-t", "2"], "out of range"),
+        (["--cache-latents", "x", "--vae", "none.pt"], "does not exist"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        D.main(D.parse_args([*TINY, "--out", "run", *flags]))
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(err) == 1 and says in err[0], err
+
+
+# ---- latents
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Class folders of noise images, 150 train and 20 test, a random small VA-VAE, and the flags that use them."""
+    root = tmp_path_factory.mktemp("latents")
+    rng = np.random.RandomState(0)
+    for split, n in (("train", 150), ("test", 20)):
+        for i in range(n):
+            path = root / "data/pics" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = rng.randint(0, 256, (4, 4, 3)).astype(np.uint8)
+            Image.fromarray(coarse).resize((40, 36), Image.Resampling.BICUBIC).save(path)
+    torch.manual_seed(0)
+    torch.save({"state_dict": D.VAE(32, 4).state_dict()}, root / "vae.pt")
+    flags = ["--dataset", "pics", "--data", str(root / "data"), "--resolution", "32", "--vae", str(root / "vae.pt")]
+    return root, flags
+
+
+def cache(pictures, out, *flags):
+    return train(out, *pictures[1], "--cache-latents", str(pictures[0] / out.name), *flags)
+
+
+@pytest.fixture(scope="module")
+def cached(pictures, tmp_path_factory):
+    """A run on latents, with the cache it made."""
+    out = tmp_path_factory.mktemp("whole")
+    cache(pictures, out, "--cond", "--self-cond", "--max-steps", "3")
+    return out
+
+
+def test_cache_holds_what_was_promised(pictures, cached, capsys):
+    """Bytes, both flips, the posterior's sample, statistics over the training split, and the way back to pixels."""
+    folder = pictures[0] / cached.name
+    assert (folder / "train.npy").stat().st_size == 128 + 2 * 150 * 2 * 4 * 2 * 2  # numpy's header, float16
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["shape"] == [150, 2, 4, 2, 2] and not list(folder.glob("*.part.npy"))
+    raw = np.load(folder / "train.npy").astype(np.float64)
+    assert np.allclose(raw.mean((0, 1, 3, 4)), meta["mean"]) and np.allclose(raw.std((0, 1, 3, 4)), meta["std"])
+    args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(folder)])
+    latents, labels = D.load_data(args, "train")
+    everything = latents[torch.arange(150)]  # (150, 2, 4, 2, 2)
+    assert torch.allclose(everything.mean((0, 1, 3, 4)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(everything.std((0, 1, 3, 4)), torch.ones(4), atol=1e-2)
+    assert labels.bincount().tolist() == [75, 75]
+    maps = Path("/proc/self/maps")  # memory-mapped, not read
+    assert not maps.exists() or str(folder / "train.npy") in maps.read_text()
+    assert latents[torch.tensor([3, 5]), torch.tensor([1, 0])].equal(torch.stack([latents[3][1], latents[5][0]]))
+
+    # One image by hand: its posterior, and within a few standard deviations of it the cached sample, either flip.
+    vae = D.load_vae(pictures[0] / "vae.pt", "cpu")
+    files, _, _ = D.list_folder(pictures[0] / "data/pics", "train")
+    x = D.to_x0(torch.from_numpy(np.stack([D.load_image(f, 32) for f in files])))
+    for flip, view in enumerate((x, x.flip(3))):
+        mean, std = vae.encode(view)
+        z = (torch.from_numpy(raw[:, flip]).float() - mean) / std
+        assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05
+    # The round trip: normalised, taken back by the decoder, equal to decoding the stored number itself.
+    args.latents = meta
+    got = D.decoder(args, torch.device("cpu"))(latents[torch.arange(3)][:, 0])
+    want = D.to_uint8(vae.decode(torch.from_numpy(raw[:3, 0]).float()))
+    assert (got.int() - want.int()).abs().max() <= 1
+
+
+def test_a_killed_cache_goes_on_where_it_was(pictures, cached, tmp_path, monkeypatch):
+    """Stopped before the last block: nothing has its final name; resumed, it encodes the rest only; equal files."""
+    folder, original, seen = pictures[0] / tmp_path.name, D.load_image, []
+
+    def stop_at(limit):
+        def load_image(path, resolution):
+            seen.append(path)
+            if len(seen) > limit:
+                raise KeyboardInterrupt
+            return original(path, resolution)
+
+        monkeypatch.setattr(D, "load_image", load_image)
+
+    stop_at(2 + 128 + 10)  # two of three blocks
+    with pytest.raises(KeyboardInterrupt):
+        cache(pictures, tmp_path, "--max-steps", "0")
+    assert not (folder / "train.npy").exists() and not (folder / "meta.json").exists()
+    assert np.isnan(np.load(folder / "train.sums.npy")[:, 0, 0]).tolist() == [False, False, True]
+    seen.clear()
+    stop_at(10_000)
+    cache(pictures, tmp_path, "--max-steps", "0")
+    assert len(seen) == 2 + 22 + 2 + 20  # two to time it, the last block; the same for the test split
+    whole = pictures[0] / cached.name
+    for name in ("train.npy", "test.npy"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert json.loads((folder / "meta.json").read_text()) == json.loads((whole / "meta.json").read_text())
+
+
+def test_two_ranks_make_the_same_cache_and_the_same_steps(pictures, tmp_path):
+    flags = [*pictures[1], "--cond", "--self-cond", "--cl", "0.01", "--max-steps", "3"]
+    folders = {n: str(pictures[0] / f"{tmp_path.name}-{n}") for n in (1, 2)}
+    for n, folder in folders.items():
+        done = launch(n, *flags, "--cache-latents", folder, "--out", str(tmp_path / str(n)))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "150 images x 2 flips" in done.stdout
+    a, b = (np.load(f"{folder}/train.npy") for folder in folders.values())
+    assert np.allclose(a, b, atol=1e-3)
+    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()[1:]] for n in "12"]
+    for one, two in zip(*lines, strict=True):
+        for key in one.keys() - {"img_per_s", "cl_std"}:
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), (one["step"], key)
+
+
+def test_tools_take_latents_through_the_seam(pictures, cached, tmp_path, capsys):
+    sample.main(sample.parse_args([str(cached), "--n", "3", "--steps", "2", "--out", str(tmp_path / "s.npz")]))
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 32, 32, 3) and "NFE 3" in capsys.readouterr().out
+    flags = [str(cached), "--grid", "--t", "0.25", "--pixels", "--epochs", "2", "--batch", "16"]
+    cells = probe.main(probe.parse_args([*flags, "--json", str(tmp_path / "p.json"), "--cache"]))[0]["cells"]
+    assert [c["layer"] for c in cells] == ["1", "2", "3", "4", "5", "6", "pixels"]
+    for wrong, says in ((["--vae", str(tmp_path / "none.pt")], "does not exist"),
+                        (["--vae", str(cached / "last.pt")], "not the file")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main(sample.parse_args([str(cached), "--n", "1", "--steps", "1", *wrong]))
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
+    """Another VA-VAE, or other images, are an error; a finished cache needs neither the VA-VAE nor the images."""
+    torch.manual_seed(1)
+    torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
+    folder = ["--cache-latents", str(pictures[0] / cached.name), "--resolution", "32", "--max-steps", "1"]
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "a", *pictures[1][:-1], str(tmp_path / "other.pt"), *folder)
+    assert stop.value.code == 2 and "not the file" in capsys.readouterr().err
+    (pictures[0] / cached.name / "meta.json").rename(tmp_path / "meta.json")  # as if its end had been lost
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "b", *pictures[1][:-1], str(tmp_path / "other.pt"), *folder)
+    assert stop.value.code == 2 and "another vae" in capsys.readouterr().err
+    (tmp_path / "meta.json").rename(pictures[0] / cached.name / "meta.json")
+    lines = train(tmp_path / "c", "--dataset", "pics", "--data", str(tmp_path), *folder, "--cond")
+    assert len(lines) == 1 and load(tmp_path / "c")["args"]["cond"] == 2
+
+
+def test_bench_of_latents_needs_no_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    D.main(D.parse_args([*TINY, "--cache-latents", "none-yet", "--bench", "2", "--cond", "10", "--cl", "0.01"]))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["img_per_s"] > 0 and result["batch"] == 8 and not list(tmp_path.iterdir())
+
+
+def test_guidance_flags_reach_the_sampler_and_nothing_else_takes_them(tmp_path, capsys):
+    train(tmp_path / "cond", "--cond", "--max-steps", "1")
+    model = sample.load_checkpoint(tmp_path / "cond")
+    options = {"steps": 10, "cfg_interval": (0, 0.5), "shift": 1.0}
+    nfe = [next(sample.generate(model, 2, cfg=cfg, **options))[2] for cfg in (1, 2)]
+    assert nfe == [10, 15]
+    args = T.parse_args(["--dataset", "shapes", "--backbone", "tiny"])
+    state = {"script": "train_unet", "args": vars(args), "ema": T.build(args)[0].state_dict(), "epoch": 0, "step": 0}
+    torch.save(state, tmp_path / "unet.pt")
+    train(tmp_path / "plain", "--max-steps", "1")
+    for path, flag, says in (("unet.pt", "--shift", "--shift: DDPM"), ("unet.pt", "--cfg", "--cfg: DDPM"),
+                             ("plain", "--cfg", "unconditional")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main(sample.parse_args([str(tmp_path / path), "--n", "1", "--steps", "1", flag, "2"]))
+        assert stop.value.code == 2 and says in capsys.readouterr().err
