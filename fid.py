@@ -374,10 +374,10 @@ def open_samples(args, device):
     run = path.is_dir() and any((path / name).exists() for name in ("last.pt", "args.json"))
     if path.suffix == ".npz" or (path.is_dir() and not run):
         return None, open_images(path, args.n, args.batch)
-    model = load_checkpoint(path, device)
+    model, options = load_checkpoint(path, device), sampling(args)
 
     def blocks(rank, world):
-        for indices, images, _ in generate(model, args.n, rank, world, **sampling(args)):
+        for indices, images, _ in generate(model, args.n, rank, world, **options):
             yield indices, images
 
     name = f"{model}, {args.labels} labels" if model.net.classes else str(model)
@@ -522,8 +522,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_sampling_flags(parser.add_argument_group("sampling from a checkpoint, as in sample.py"))
     args = parser.parse_args(argv)
-    if args.n < 2 or args.batch < 1 or (args.steps is not None and args.steps < 1) or args.seed < 0:
-        parser.error("--n must be at least 2, --batch and --steps at least 1, --seed at least 0")
+    if args.n < 2:
+        parser.error("--n must be at least 2")
     return args
 
 
@@ -562,7 +562,7 @@ def main(args):
             result = {"fid": fid, "is_mean": score, "is_std": spread, "n": samples.n, "samples": args.samples}
             if model is not None:
                 result |= {"checkpoint": str(model.path), "weights": "ema", "epoch": model.epoch, "step": model.step}
-                result |= {k: v for k, v in sampling(args).items() if k != "amp"} | {"amp": args.amp}
+                result |= sampling(args) | {"amp": args.amp}
             result |= {"resolution": list(samples.size), "reference": made, "inception_sha256": inception.sha256}
             Path(args.json).write_text(json.dumps(result | {"torch": torch.__version__}, indent=2) + "\n")
         print(f"FID {fid:.2f}  IS {score:.2f} +- {spread:.2f}")

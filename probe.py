@@ -58,7 +58,8 @@ def all_reduce(tensor):
 class Split:
     """One split of the data set: images uint8 (N, 3, H, W) or latents, labels int64 (N,) on the device.
 
-    Latents come as (N, 2, C, h, w), each image and its mirror image: the mirrored latent is not the latent mirrored.
+    Latents come as (N, 2, C, h, w), each image and its mirror image, because the mirrored latent is not the latent
+    mirrored; they are an object of the train script's whose x0(flip) chooses.
     """
 
     images: torch.Tensor
@@ -69,7 +70,7 @@ class Split:
         """Images by index (B,), mirrored where flip (B,) is true: (B, C, H, W) float32 on the device."""
         where, device = self.images.device, self.labels.device
         if self.images.ndim == 5:
-            return self.images[index.to(where), flip.long().to(where)].to(device)
+            return self.images[index.to(where)].to(device).x0(flip)
         x0 = self.to_x0(self.images[index.to(where)].to(device))  # (B, C, H, W)
         return torch.where(flip.view(-1, 1, 1, 1), x0.flip(3), x0)
 
@@ -78,6 +79,8 @@ def load_split(model, args, split, device):
     """Read a split through the checkpoint's train script. Images live on the device unless they would fill it."""
     flags = argparse.Namespace(**vars(model.args))
     flags.data = args.data or flags.data
+    if args.data and getattr(flags, "cache_latents", None):
+        flags.cache_latents = args.data
     images, labels = model.script.load_data(flags, split)
     if args.subset:
         some = torch.randperm(len(labels), generator=stream_generator("cpu", args.seed, SUBSET, 0))[: args.subset]
@@ -339,7 +342,7 @@ def find_layers(model, level, args, x0):
 
 def resolve(args, model, train, device):
     """Fill what the flags leave open from the checkpoint and its data set ([P]), in a new Namespace."""
-    latents, cifar = train.images.is_floating_point(), model.args.dataset in ("cifar10", "cifar100")
+    latents, cifar = train.images.ndim == 5, model.args.dataset in ("cifar10", "cifar100")
     args = argparse.Namespace(**vars(args))
     args.epochs = args.epochs or (15 if cifar else 30)
     args.lr = args.lr or (2e-3 if latents else 4e-3)
@@ -348,7 +351,7 @@ def resolve(args, model, train, device):
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "off"
     args.t = args.t or (list(model.diffusion.levels) if args.grid else [model.args.cl_t])
-    if args.crop and train.images.ndim == 5:
+    if args.crop and latents:
         fail("--crop cuts pixels, and this checkpoint works on latents: drop it")
     return args
 
@@ -489,7 +492,7 @@ def parse_args(argv=None):
         "README's quick start (s=0.2964, 3000 images, 10 epochs): top-1 moves by -0.4 on average over the layers, "
         "1.5 at most; another --seed moves it by 0.9")
     add = parser.add_argument_group("run").add_argument
-    add("--data", help="data root; None: that of the training run")
+    add("--data", help="data root, or of a run on latents the folder of its cache; None: that of the training run")
     add("--json", type=Path, metavar="FILE", help="all results; None: beside the first checkpoint if --grid or "
         "several, else none is written")
     add("--plot", type=Path, metavar="FILE", help="PNG: heat map of the cells, or for several checkpoints without "

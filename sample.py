@@ -157,8 +157,8 @@ def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=No
     for name in options:
         if name not in inspect.signature(model.diffusion.sample).parameters:
             fail(f"--{name.replace('_', '-')}: {type(model.diffusion).__name__}, of {model.path}, has none; drop it")
-    if "cfg" in options and not model.net.classes:
-        fail(f"--cfg guides by class labels, and {model.path} is unconditional: drop it")
+    if options.keys() & {"cfg", "cfg_interval"} and not model.net.classes:
+        fail(f"--cfg and --cfg-interval guide by class labels, and {model.path} is unconditional: drop them")
     calls = 0
 
     def net(x, t, y=None, aug=None):
@@ -225,10 +225,14 @@ def add_sampling_flags(group):
 
 
 def sampling(args):
-    """What the flags of add_sampling_flags and --batch mean to generate."""
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    """What the flags of add_sampling_flags and --batch mean to generate; exit status 2 for senseless numbers."""
+    low = {"steps": 1, "batch": 1, "seed": 0, "shift": 1e-6}
+    for name, least in low.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            fail(f"--{name} must be at least {least:g}")
     flags = {name: getattr(args, name) for name in ("seed", "steps", "batch", "labels", "vae")}
     options = {"cfg": args.cfg, "cfg_interval": args.cfg_interval, "shift": args.shift}
+    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     return flags | {"amp": amp} | {name: value for name, value in options.items() if value is not None}
 
 
@@ -244,8 +248,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
     args.n = args.n if args.n is not None else (64 if len(args.ckpt) == 1 else 12)
-    if args.n < 1 or args.batch < 1 or (args.steps is not None and args.steps < 1) or args.seed < 0:
-        parser.error("--n, --batch and --steps must be at least 1, --seed at least 0")
+    if args.n < 1:
+        parser.error("--n must be at least 1")
     first = Path(args.ckpt[0])
     args.out = Path(args.out) if args.out else (first if first.is_dir() else first.parent) / "samples.png"
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
@@ -255,6 +259,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Sample every checkpoint and write the pictures."""
+    options = sampling(args)
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")
     folder = args.out.suffix not in (".png", ".npz")
@@ -268,14 +273,16 @@ def main(args):
         if rank == 0:
             print(model, *([f"{args.labels} labels"] if model.net.classes else []), sep=", ")
         bar = tqdm(total=args.n, unit="img", desc="sample", disable=rank > 0)
-        start, nfes, images = time.time(), [], [None] * args.n
-        blocks = generate(model, args.n, rank, world, **sampling(args))
+        start, nfes, images = time.time(), [], None  # (n, H, W, 3), but for a folder
+        blocks = generate(model, args.n, rank, world, **options)
         for indices, block, nfe in gather_blocks(blocks, rank, world):
-            for i, image in zip(indices, block, strict=True):
-                images[i] = image
-                if folder:
-                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(args.out / f"{i:06d}.png")
-                    images[i] = None
+            block = block.permute(0, 2, 3, 1).numpy()
+            if folder:
+                for i, image in zip(indices, block, strict=True):
+                    Image.fromarray(image).save(args.out / f"{i:06d}.png")
+            else:
+                images = np.empty((args.n, *block.shape[1:]), np.uint8) if images is None else images
+                images[indices.start : indices.stop] = block
             nfes.append(nfe)
             bar.update(len(indices))
         bar.close()
@@ -284,15 +291,14 @@ def main(args):
             rows.append(images)
     if rank == 0 and not folder:
         if args.out.suffix == ".npz":
-            arrays = torch.stack(rows[0]).permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
             tmp = args.out.with_suffix(".tmp.npz")
-            np.savez(tmp, arr_0=arrays)
+            np.savez(tmp, arr_0=rows[0])
             os.replace(tmp, args.out)
         else:
-            if len({tuple(row[0].shape) for row in rows}) > 1:
+            if len({row.shape for row in rows}) > 1:
                 fail("the checkpoints have different resolutions: draw them into pictures of their own")
             columns = args.n if len(rows) > 1 else int(np.ceil(args.n**0.5))
-            images = torch.stack([image for row in rows for image in row])
+            images = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
             grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(args.out)
     if rank == 0:

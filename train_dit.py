@@ -8,7 +8,7 @@
 [MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
 
     python train_dit.py --dataset shapes --size tiny --cond --self-cond                   # on pixels, on a laptop
-    torchrun --nproc_per_node=6 train_dit.py --dataset imagenet100 --data ROOT --vae vavae.pt --cache-latents LATENTS \\
+    torchrun --nproc_per_node=8 train_dit.py --dataset imagenet100 --data ROOT --vae vavae.pt --cache-latents LATENTS \\
         --size B --self-cond                                                              # caches first, then trains
 
 Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper and what we measured.
@@ -60,6 +60,10 @@ RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
 CLASSES = {"shapes": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
 ADDED = ("self_cond.",)  # what [P] adds to the network: public weights lack it
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # of the VA-VAE's public file; the rest trained it
+FREE = {  # flags that may change when a run is resumed
+    "data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
+    "data_device", "out", "bench", "init", "amp", "vae", "cache_latents",
+}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SHAPES = ("bar", "crescent", "cross", "disc", "ell", "frame", "plus", "ring", "square", "triangle")
 PEAK_TFLOPS = {  # dense bf16 tensor-core rate by vendor data sheet, for --bench
@@ -578,7 +582,7 @@ def load_image(path, resolution):
     """Read, box-halve, resize bicubically and center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     try:
         image = Image.open(path).convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image that Pillow reads: replace it or take it out") from error
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
@@ -625,8 +629,15 @@ def read_folder(root, split, resolution):
     stamp = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
     cache = root / ".cache" / f"{split}_{resolution}_{stamp}.npy"
     if cache.is_file():
-        return torch.from_numpy(np.load(cache, allow_pickle=False)), torch.tensor(labels), classes
-    images = np.empty((len(files), 3, resolution, resolution), np.uint8)
+        return map_array(cache), torch.tensor(labels), classes
+    tmp = cache.with_suffix(f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp")
+    shape = (len(files), 3, resolution, resolution)
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
+    except OSError as error:
+        print(f"note: {cache} cannot be written ({error}): the images are decoded again next time", file=sys.stderr)
+        tmp, images = None, np.empty(shape, np.uint8)
     try:
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda file: load_image(file, resolution), files)
@@ -635,23 +646,33 @@ def read_folder(root, split, resolution):
                 images[i] = image
     except ValueError as error:
         bar.close()
+        if tmp is not None:
+            tmp.unlink()
         fail(error)
-    try:
-        cache.parent.mkdir(exist_ok=True)
-        tmp = cache.with_suffix(f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp")
-        with open(tmp, "wb") as file:
-            np.save(file, images)
-        os.replace(tmp, cache)
-    except OSError as error:
-        print(f"note: {cache} cannot be written ({error}): the images are decoded again next time", file=sys.stderr)
-    return torch.from_numpy(images), torch.tensor(labels), classes
+    if tmp is None:
+        return torch.from_numpy(images), torch.tensor(labels), classes
+    images.flush()
+    os.replace(tmp, cache)
+    return map_array(cache), torch.tensor(labels), classes
+
+
+def map_array(path):
+    """An .npy file as a tensor that reads from disk what is indexed; processes share it. It must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about the latter
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def data_root(args):
+    """The folder that holds the data set's train/<class>/*, or None."""
+    roots = [Path(args.data) / args.dataset]
+    roots += [Path(args.data) / "tiny-imagenet-200"] * (args.dataset == "tiny-imagenet")
+    return next((root for root in roots if (root / "train").is_dir()), None)
 
 
 def read_data(args, split):
     """What load_data returns, and the class names: the one rule of --dataset and --data."""
-    name = args.dataset
-    roots = [Path(args.data) / name] + [Path(args.data) / "tiny-imagenet-200"] * (name == "tiny-imagenet")
-    root = next((r for r in roots if (r / "train").is_dir()), None)
+    name, root, folders = args.dataset, data_root(args), f"{args.data}/{args.dataset}/train/<class>/"
     with rank_zero_first():
         if root is not None:
             images, labels, classes = read_folder(root, split, args.resolution)
@@ -664,11 +685,11 @@ def read_data(args, split):
                 with contextlib.redirect_stdout(sys.stderr):
                     stored = source(Path(args.data), train=split == "train", download=True)
             except (OSError, RuntimeError) as error:
-                fail(f"{name} could not be downloaded ({error}); put its images into {roots[0]}/train/<class>/ instead")
+                fail(f"{name} could not be downloaded ({error}); put its images into {folders} instead")
             images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
             labels, classes = torch.tensor(stored.targets), stored.classes
         else:
-            fail(f"--dataset {name}: there is no folder {roots[0]}/train/<class>/, and only shapes, cifar10 and "
+            fail(f"--dataset {name}: there is no folder {folders}, and only shapes, cifar10 and "
                  "cifar100 come without one; check --dataset and --data")
     if images.shape[1:] != (3, args.resolution, args.resolution):
         fail(f"--resolution {args.resolution}: {name} is built in at {images.shape[-1]} pixels; drop --resolution")
@@ -705,33 +726,45 @@ def load_vae(path, device):
 
 
 class Latents:
-    """Cached latents (N, 2, C, h, w), each image's and its mirror's; normalised per channel as they are taken out.
+    """Cached latents (N, 2, C, h, w), each image's and its mirror's, float16 and not yet normalised.
 
-    It stands for a tensor where data are held and indexed. On the CPU it is float16 memory-mapped from a file: an index
-    reads just its rows, at disk speed. `to` takes it all to a device.
+    It stands for the tensor where data are held, indexed and moved. On the CPU it is memory-mapped: an index reads just
+    its rows, at disk speed. `x0` makes of it what the network sees.
     """
 
     def __init__(self, raw, mean, std):
-        self.raw, self.mean, self.std = raw, mean.view(-1, 1, 1).to(raw.device), std.view(-1, 1, 1).to(raw.device)
-        self.shape, self.ndim, self.nbytes, self.device = raw.shape, raw.ndim, raw.nbytes, raw.device
+        self.raw, self.mean, self.std = raw, mean, std  # mean, std: (C,) float32
+        self.shape, self.ndim, self.nbytes = raw.shape, raw.ndim, raw.nbytes
+        self.device, self.is_cuda = raw.device, raw.is_cuda
 
     def __len__(self):
         return len(self.raw)
 
-    def __getitem__(self, index):
-        return (self.raw[index].float() - self.mean) / self.std  # (.., C, h, w)
+    def __getitem__(self, rows):
+        return Latents(self.raw[rows], self.mean, self.std)
 
-    def to(self, device):
-        return Latents(self.raw.to(device), self.mean, self.std)
+    def to(self, device, non_blocking=False):
+        return Latents(*(part.to(device, non_blocking=non_blocking) for part in (self.raw, self.mean, self.std)))
 
-    def is_floating_point(self):
-        return True
+    def pin_memory(self):
+        return Latents(self.raw.pin_memory(), self.mean, self.std)
+
+    def x0(self, flip):
+        """Of every image (flip false) or its mirror image (flip true, (N,) bool), normalised: (N, C, h, w) float32."""
+        z = torch.where(flip.view(-1, 1, 1, 1), self.raw[:, 1], self.raw[:, 0]).float()
+        return (z - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
 
 def read_meta(args):
     """What DIR/meta.json of --cache-latents says of a finished cache, or None."""
     path = Path(args.cache_latents) / "meta.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        meta = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        meta = {}
+    if meta is not None and not {"dataset", "resolution", "vae", "shape", "mean", "std"} <= meta.keys():
+        fail(f"{path} is damaged: take another --cache-latents, or delete the folder")
+    return meta
 
 
 def cache_split(args, split, vae, device):
@@ -741,7 +774,7 @@ def cache_split(args, split, vae, device):
     sum of squares per channel, is no longer NaN: that is written after the block. SPLIT.npy gets its name at the end.
     Returns the file's shape, its statistics and what it was made from.
     """
-    folder, root = Path(args.cache_latents), Path(args.data) / args.dataset
+    folder, root = Path(args.cache_latents), data_root(args)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     files, labels, classes = list_folder(root, split)
     z, side, size = vae.post_quant_conv.in_channels, args.resolution // 16, 64
@@ -760,11 +793,15 @@ def cache_split(args, split, vae, device):
             np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
             np.lib.format.open_memmap(f"{sums}.tmp", "w+", np.float64, (blocks, 2, z))[:] = np.nan
             os.replace(f"{sums}.tmp", sums)
-    old = json.loads((folder / f"{split}.json").read_text())
-    other = [k for k in made if old[k] != made[k]]
+    try:
+        old = json.loads((folder / f"{split}.json").read_text())
+        other = [k for k in made if old[k] != made[k]]
+        store = np.lib.format.open_memmap(part if part.is_file() else done, "r+")
+        totals = np.lib.format.open_memmap(sums, "r+")
+    except (OSError, ValueError, KeyError):
+        fail(f"--cache-latents {folder} is damaged ({split}): take another folder, or delete it")
     if other:
         fail(f"--cache-latents {folder} was begun with another {' and '.join(other)}: take another folder")
-    store, totals = np.lib.format.open_memmap(part if part.is_file() else done, "r+"), np.load(sums, mmap_mode="r+")
     if store.shape != shape or totals.shape != (blocks, 2, z):
         fail(f"--cache-latents {folder}: {split} has shape {store.shape} instead of {shape}; take another folder")
 
@@ -782,14 +819,13 @@ def cache_split(args, split, vae, device):
 
     todo = [b for b in range(rank, blocks, world) if np.isnan(totals[b, 0, 0])]
     if todo:
-        first = np.stack([load_image(f, args.resolution) for f in files[:2]])
         for _ in range(2):  # the first pass warms up
             start = time.time()
-            encode(first, 0)
-        hours = (time.time() - start) / len(first) * len(todo) * size / 3600
+            encode(np.zeros((8, 3, args.resolution, args.resolution), np.uint8), 0)
+        hours = (time.time() - start) / 8 * len(todo) * size / 3600
         if rank == 0:
-            print(f"{split}: {len(files):,} images x 2 flips x {math.prod(shape[2:]):,} float16 = {size_gb:.2f} GB in "
-                  f"{folder}; {len(todo)} of {blocks} blocks to do on this rank, about {hours:.2f} h", flush=True)
+            print(f"{split}: {len(files):,} images x 2 flips x {math.prod(shape[2:]):,} float16 = {size_gb:.3g} GB in "
+                  f"{folder}; {len(todo)} of {blocks} blocks to do on this rank, about {hours:.2g} h", flush=True)
     with ThreadPoolExecutor() as pool:
         for b in tqdm(todo, f"encoding {split}", unit="block", disable=rank > 0):
             rows = slice(b * size, (b + 1) * size)
@@ -807,8 +843,7 @@ def cache_split(args, split, vae, device):
             totals.flush()
     if world > 1:
         dist.barrier()
-    count = 2 * len(files) * side**2  # numbers per channel
-    mean, square = np.load(sums).sum(0) / count
+    mean, square = np.load(sums).sum(0) / (2 * len(files) * side**2)  # numbers per channel
     if rank == 0 and part.is_file():
         os.replace(part, done)
     return made | {"shape": shape, "mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
@@ -818,6 +853,13 @@ def cache_latents(args, device):
     """Make, or finish, the cache of both splits; its meta.json, written last, says that it is whole."""
     if args.vae == "none":
         fail(f"--cache-latents {args.cache_latents} holds no finished cache: give --vae FILE to make it")
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):  # ranks write into one file
+        fail("--cache-latents: make the cache on one node, with --max-steps 0, before several train on it")
+    root = data_root(args)
+    if root is None:
+        fail(f"--cache-latents encodes class folders, and there is no {args.data}/{args.dataset}/train/<class>/")
+    for split in ("train", "test"):
+        list_folder(root, split)  # what is missing is said now, not hours later
     vae = load_vae(args.vae, device)
     made = {split: cache_split(args, split, vae, device) for split in ("train", "test")}
     with rank_zero_first():
@@ -829,15 +871,20 @@ def cache_latents(args, device):
 
 
 def read_latents(args, split):
-    """Latents, labels int64 (N,) and class names of a finished cache."""
+    """Latents, labels int64 (N,) and class names of a finished cache, which must be the run's own."""
     folder, meta = Path(args.cache_latents), read_meta(args)
     if meta is None:
-        fail(f"--cache-latents {folder} holds no finished cache: give --vae FILE to make it")
-    if args.vae != "none" and Path(args.vae).is_file() and file_hash(args.vae) != meta["vae"]:
-        fail(f"--vae {args.vae} is not the file that {folder} was made with: give that one, or another folder")
-    about = json.loads((folder / f"{split}.json").read_text())
-    raw = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # copy on write: the file stays as it is
-    latents = Latents(raw, torch.tensor(meta["mean"]), torch.tensor(meta["std"]))
+        fail(f"{folder} holds no finished cache of latents: make it by training with --vae FILE, or name its folder")
+    other = [k for k in ("dataset", "resolution") if meta[k] != getattr(args, k)]
+    if other:
+        fail(f"--cache-latents {folder} has {', '.join(f'--{k} {meta[k]}' for k in other)}: take another folder")
+    if args.latents and any(args.latents[k] != meta[k] for k in ("vae", "mean", "std")):
+        fail(f"--cache-latents {folder} holds other latents than those of this run: take the folder it was made with")
+    try:
+        about = json.loads((folder / f"{split}.json").read_text())
+        latents = Latents(map_array(folder / f"{split}.npy"), torch.tensor(meta["mean"]), torch.tensor(meta["std"]))
+    except (OSError, ValueError):
+        fail(f"{folder} is damaged ({split}): take another --cache-latents, or delete the folder")
     return latents, torch.tensor(about["labels"]), about["classes"]
 
 
@@ -858,26 +905,31 @@ def training_set(args, device):
     if args.bench:
         shape = latent_shape(args)
         if args.cache_latents:
-            images = Latents(torch.randn(4 * args.batch, 2, *shape).half(), torch.zeros(shape[0]), torch.ones(shape[0]))
+            raw = torch.randn(4 * args.batch, 2, *shape).half()
+            images = Latents(raw, torch.zeros(shape[0]), torch.ones(shape[0]))
         else:
             images = torch.randint(256, (4 * args.batch, *shape)).byte()
         return images, torch.zeros(len(images), dtype=torch.long), []
     if not args.cache_latents:
         return read_data(args, "train")
     args.latents = read_meta(args) or cache_latents(args, device)
+    if args.vae != "none" and (not Path(args.vae).is_file() or file_hash(args.vae) != args.latents["vae"]):
+        fail(f"--vae {args.vae} is not the file that {args.cache_latents} was made with: give that one, or none")
     return read_latents(args, "train")
 
 
 def decoder(args, device, vae=None):
     """The function that turns what the sampler returns into uint8 images; latents need the VA-VAE of --vae."""
+    if not args.cache_latents and vae is not None:
+        fail(f"--vae {vae}: the checkpoint works on pixels, drop it")
     if not args.cache_latents:
         return to_uint8
     path = vae or args.vae
     if path == "none":
         fail("this checkpoint works on latents: give --vae FILE to decode them")
-    if Path(path).is_file() and file_hash(path) != args.latents["vae"]:
-        fail(f"--vae {path} is not the file that the latents were made with")
     net = load_vae(path, device)
+    if file_hash(path) != args.latents["vae"]:
+        fail(f"--vae {path} is not the file that the latents were made with")
     mean, std = (torch.tensor(args.latents[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
 
     def decode(x0):
@@ -1121,8 +1173,7 @@ def load_weights(net, path):
 
 def check_out(args):
     """Refuse a folder that holds another configuration's run, or this one's without --resume."""
-    free = {"data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
-            "data_device", "out", "bench", "init", "amp"} | ({"accum"} if args.cl == 0 else set())
+    free = FREE | ({"accum"} if args.cl == 0 else set())
     known, last = Path(args.out) / "args.json", Path(args.out) / "last.pt"
     if known.is_file() and last.is_file():
         old = json.loads(known.read_text())
@@ -1204,7 +1255,8 @@ def load_run(args, modules, optimizer, scaler):
         for name, module in modules.items():
             module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError):
         fail(f"--resume: {path} is of another configuration; start over in another --out")
     return state["step"]
@@ -1329,6 +1381,7 @@ def parse_args(argv=None):
 
     args.model = "rf"  # the one formulation of [P] on latents
     tiny, latents = args.size == "tiny", args.cache_latents is not None
+    args.cache_latents = str(Path(args.cache_latents).resolve()) if latents else None  # probe.py looks there
     if args.vae != "none" and not latents:
         parser.error("--vae goes with --cache-latents DIR: say where the latents are to be kept")
     args.latents = read_meta(args) if latents else None  # hash of the VA-VAE, statistics of the channels
@@ -1358,7 +1411,8 @@ def parse_args(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "batch", "accum", "save_every", "log_every", "bench", "lr", "cl_hidden", "patch"):
+    for name in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "log_every", "bench", "lr",
+                 "cl_hidden"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name in ("cooldown", "ema", "label_drop"):
@@ -1368,6 +1422,8 @@ def parse_args(argv=None):
         parser.error("--cl, --warmup, --sample-every, --seed and --max-steps must not be negative")
     if args.cond < 0:
         parser.error(f"--cond: {args.dataset} is not there to be counted; give the number of classes")
+    if args.cond and args.label_drop == 0:
+        parser.error("--label-drop 0: guidance and probing need the null class; take a little")
     if latents and args.resolution % 16:
         parser.error(f"--resolution {args.resolution}: the VA-VAE takes multiples of 16")
     try:
@@ -1450,11 +1506,11 @@ def draw_views(n, shape, diffusion, args, generator):
 
 
 def make_view(images, draws):
-    """uint8 (B, 3, H, W) or latents (B, 2, C, h, w), and their draws -> what diffusion.loss takes."""
+    """uint8 (B, 3, H, W) or Latents, and their draws -> what diffusion.loss takes."""
     draws = dict(draws)
     flip = draws.pop("flip")
-    if images.ndim == 5:  # the latent of the mirror image is not the latent's mirror image
-        x0 = torch.where(flip.view(-1, 1, 1, 1), images[:, 1], images[:, 0])
+    if isinstance(images, Latents):  # the latent of the mirror image is not the latent's mirror image
+        x0 = images.x0(flip)
     else:
         x0 = to_x0(images)
         x0 = torch.where(flip.view(-1, 1, 1, 1), x0.flip(3), x0)
@@ -1487,7 +1543,11 @@ def main(args):
     images, labels, classes = training_set(args, device)
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
-    images, labels = images if args.data_device == "cpu" else images.to(device), labels.to(device)
+    if args.data_device != "cpu":
+        try:
+            images, labels = images.to(device), labels.to(device)
+        except torch.OutOfMemoryError:
+            fail(f"{images.nbytes / 1e9:.1f} GB of data do not fit {device}: use --data-device cpu")
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
 
@@ -1538,7 +1598,9 @@ def main(args):
         ema.compile()
     ddp = objective
     if world > 1:
-        ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions give broadcast_buffers another name
+            ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # 5. The loop.
     end = total if args.max_steps is None else min(total, args.max_steps)
@@ -1570,7 +1632,7 @@ def main(args):
         draws = draw_views(args.batch, net.shape, diffusion, args, generator)
         if net.classes:  # some images come without their label, with the null class; the teacher never sees one
             drop = torch.rand(args.batch, generator=generator, device=device) < args.label_drop
-            draws[0]["y"] = torch.where(drop, net.classes, labels[rows.to(device)])
+            draws[0]["y"] = torch.where(drop, net.classes, labels[rows].to(device, non_blocking=True))
         for micro in range(args.accum):
             mine = slice((micro * world + rank) * local, (micro * world + rank + 1) * local)
             sync = micro == args.accum - 1 or world == 1

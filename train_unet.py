@@ -67,6 +67,10 @@ LAYERS = {  # [P] Tab. 10: most semantic decoder block on CIFAR-10, elsewhere. U
 LEVELS = {"ddpm": 11, "edm": 0.06, "rf": 0.06}  # [P] Tab. 10: the noise level at which that block is read
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
 ADDED = ("self_cond.", "time_emb.aug_emb.")  # what [P] adds to the network: public weights lack it
+FREE = {  # flags that may change when a run is resumed
+    "data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
+    "data_device", "out", "bench", "init", "amp",
+}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SHAPES = ("bar", "crescent", "cross", "disc", "ell", "frame", "plus", "ring", "square", "triangle")
 SYM6 = (  # low-pass taps of the 12-tap symlet [EDM] App. F.2; they sum to sqrt(2)
@@ -532,10 +536,16 @@ class RF(Formulation):
 
         def slope(t, state):  # scipy's state is flat float64 on the host
             x = torch.from_numpy(state).to(noise.device, torch.float32).view_as(noise)
-            return velocity(t, x).double().flatten().cpu().numpy()
+            v = velocity(t, x).double().flatten().cpu().numpy()
+            if not np.isfinite(v).all():  # RK45 would look for a step size for ever
+                raise FloatingPointError
+            return v
 
         start = noise.double().flatten().cpu().numpy()
-        solution = solve_ivp(slope, (1.0, 0.0), start, method="RK45", rtol=1e-5, atol=1e-5, t_eval=[0.0])
+        try:
+            solution = solve_ivp(slope, (1.0, 0.0), start, method="RK45", rtol=1e-5, atol=1e-5, t_eval=[0.0])
+        except FloatingPointError:
+            return torch.full_like(noise, math.nan)
         return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
 
 
@@ -583,7 +593,7 @@ def load_image(path, resolution):
     """Read, box-halve, resize bicubically and center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     try:
         image = Image.open(path).convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image that Pillow reads: replace it or take it out") from error
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
@@ -630,8 +640,15 @@ def read_folder(root, split, resolution):
     stamp = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
     cache = root / ".cache" / f"{split}_{resolution}_{stamp}.npy"
     if cache.is_file():
-        return torch.from_numpy(np.load(cache, allow_pickle=False)), torch.tensor(labels), classes
-    images = np.empty((len(files), 3, resolution, resolution), np.uint8)
+        return map_array(cache), torch.tensor(labels), classes
+    tmp = cache.with_suffix(f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp")
+    shape = (len(files), 3, resolution, resolution)
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
+    except OSError as error:
+        print(f"note: {cache} cannot be written ({error}): the images are decoded again next time", file=sys.stderr)
+        tmp, images = None, np.empty(shape, np.uint8)
     try:
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda file: load_image(file, resolution), files)
@@ -640,23 +657,33 @@ def read_folder(root, split, resolution):
                 images[i] = image
     except ValueError as error:
         bar.close()
+        if tmp is not None:
+            tmp.unlink()
         fail(error)
-    try:
-        cache.parent.mkdir(exist_ok=True)
-        tmp = cache.with_suffix(f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp")
-        with open(tmp, "wb") as file:
-            np.save(file, images)
-        os.replace(tmp, cache)
-    except OSError as error:
-        print(f"note: {cache} cannot be written ({error}): the images are decoded again next time", file=sys.stderr)
-    return torch.from_numpy(images), torch.tensor(labels), classes
+    if tmp is None:
+        return torch.from_numpy(images), torch.tensor(labels), classes
+    images.flush()
+    os.replace(tmp, cache)
+    return map_array(cache), torch.tensor(labels), classes
+
+
+def map_array(path):
+    """An .npy file as a tensor that reads from disk what is indexed; processes share it. It must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about the latter
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def data_root(args):
+    """The folder that holds the data set's train/<class>/*, or None."""
+    roots = [Path(args.data) / args.dataset]
+    roots += [Path(args.data) / "tiny-imagenet-200"] * (args.dataset == "tiny-imagenet")
+    return next((root for root in roots if (root / "train").is_dir()), None)
 
 
 def read_data(args, split):
     """What load_data returns, and the class names: the one rule of --dataset and --data."""
-    name = args.dataset
-    roots = [Path(args.data) / name] + [Path(args.data) / "tiny-imagenet-200"] * (name == "tiny-imagenet")
-    root = next((r for r in roots if (r / "train").is_dir()), None)
+    name, root, folders = args.dataset, data_root(args), f"{args.data}/{args.dataset}/train/<class>/"
     with rank_zero_first():
         if root is not None:
             images, labels, classes = read_folder(root, split, args.resolution)
@@ -669,11 +696,11 @@ def read_data(args, split):
                 with contextlib.redirect_stdout(sys.stderr):
                     stored = source(Path(args.data), train=split == "train", download=True)
             except (OSError, RuntimeError) as error:
-                fail(f"{name} could not be downloaded ({error}); put its images into {roots[0]}/train/<class>/ instead")
+                fail(f"{name} could not be downloaded ({error}); put its images into {folders} instead")
             images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
             labels, classes = torch.tensor(stored.targets), stored.classes
         else:
-            fail(f"--dataset {name}: there is no folder {roots[0]}/train/<class>/, and only shapes, cifar10 and "
+            fail(f"--dataset {name}: there is no folder {folders}, and only shapes, cifar10 and "
                  "cifar100 come without one; check --dataset and --data")
     if images.shape[1:] != (3, args.resolution, args.resolution):
         fail(f"--resolution {args.resolution}: {name} is built in at {images.shape[-1]} pixels; drop --resolution")
@@ -711,7 +738,9 @@ def to_uint8(x0):
 
 
 def decoder(args, device, vae=None):
-    """The function that turns what the sampler returns into uint8 images; pixels need no --vae."""
+    """The function that turns what the sampler returns into uint8 images."""
+    if vae is not None:
+        fail(f"--vae {vae}: the checkpoint works on pixels, drop it")
     return to_uint8
 
 
@@ -1033,8 +1062,7 @@ def load_weights(net, path):
 
 def check_out(args):
     """Refuse a folder that holds another configuration's run, or this one's without --resume."""
-    free = {"data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
-            "data_device", "out", "bench", "init", "amp"} | ({"accum"} if args.cl == 0 else set())
+    free = FREE | ({"accum"} if args.cl == 0 else set())
     known, last = Path(args.out) / "args.json", Path(args.out) / "last.pt"
     if known.is_file() and last.is_file():
         old = json.loads(known.read_text())
@@ -1116,7 +1144,8 @@ def load_run(args, modules, optimizer, scaler):
         for name, module in modules.items():
             module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16
+            scaler.load_state_dict(state["scaler"])
     except (RuntimeError, ValueError, KeyError):
         fail(f"--resume: {path} is of another configuration; start over in another --out")
     return state["step"]
@@ -1252,7 +1281,7 @@ def parse_args(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("epochs", "batch", "accum", "save_every", "log_every", "bench", "lr", "cl_hidden"):
+    for name in ("resolution", "epochs", "batch", "accum", "save_every", "log_every", "bench", "lr", "cl_hidden"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name in ("aug", "cooldown", "dropout", "ema"):
@@ -1370,7 +1399,11 @@ def main(args):
     images, labels, classes = training_set(args, device)
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
-    images, labels = images if args.data_device == "cpu" else images.to(device), labels.to(device)
+    if args.data_device != "cpu":
+        try:
+            images, labels = images.to(device), labels.to(device)
+        except torch.OutOfMemoryError:
+            fail(f"{images.nbytes / 1e9:.1f} GB of data do not fit {device}: use --data-device cpu")
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
 
@@ -1421,7 +1454,9 @@ def main(args):
         ema.compile()
     ddp = objective
     if world > 1:
-        ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions give broadcast_buffers another name
+            ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # 5. The loop.
     end = total if args.max_steps is None else min(total, args.max_steps)
@@ -1453,7 +1488,7 @@ def main(args):
         draws = draw_views(args.batch, net.shape, diffusion, args, generator)
         if net.classes:  # some images come without their label, with the null class; the teacher never sees one
             drop = torch.rand(args.batch, generator=generator, device=device) < args.label_drop
-            draws[0]["y"] = torch.where(drop, net.classes, labels[rows.to(device)])
+            draws[0]["y"] = torch.where(drop, net.classes, labels[rows].to(device, non_blocking=True))
         for micro in range(args.accum):
             mine = slice((micro * world + rank) * local, (micro * world + rank + 1) * local)
             sync = micro == args.accum - 1 or world == 1

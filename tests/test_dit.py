@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -300,7 +301,8 @@ def test_defaults_are_the_papers(flags, want):
         (["--patch", "5"], "do not divide"), (["--layer", "9"], "1, 2, 3"), (["--cond", "4"], "has 10 classes"),
         (["--vae", "x.pt"], "--cache-latents DIR"), (["--cache-latents", "x"], "give --vae FILE"),
         (["--cache-latents", "x", "--resolution", "40"], "multiples of 16"), (["--cl-t", "2"], "out of range"),
-        (["--cache-latents", "x", "--vae", "none.pt"], "does not exist"),
+        (["--cache-latents", "x", "--vae", "none.pt"], "encodes class folders"), (["--resolution", "0"], "above 0"),
+        (["--cond", "--label-drop", "0"], "null class"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys, monkeypatch):
@@ -351,13 +353,14 @@ def test_cache_holds_what_was_promised(pictures, cached, capsys):
     assert np.allclose(raw.mean((0, 1, 3, 4)), meta["mean"]) and np.allclose(raw.std((0, 1, 3, 4)), meta["std"])
     args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(folder)])
     latents, labels = D.load_data(args, "train")
-    everything = latents[torch.arange(150)]  # (150, 2, 4, 2, 2)
-    assert torch.allclose(everything.mean((0, 1, 3, 4)), torch.zeros(4), atol=1e-3)
-    assert torch.allclose(everything.std((0, 1, 3, 4)), torch.ones(4), atol=1e-2)
+    both = torch.stack([latents.x0(torch.full((150,), flip)) for flip in (False, True)])  # (2, 150, 4, 2, 2)
+    assert torch.allclose(both.mean((0, 1, 3, 4)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(both.std((0, 1, 3, 4)), torch.ones(4), atol=1e-2)
     assert labels.bincount().tolist() == [75, 75]
     maps = Path("/proc/self/maps")  # memory-mapped, not read
     assert not maps.exists() or str(folder / "train.npy") in maps.read_text()
-    assert latents[torch.tensor([3, 5]), torch.tensor([1, 0])].equal(torch.stack([latents[3][1], latents[5][0]]))
+    two = latents[torch.tensor([3, 5])].x0(torch.tensor([True, False]))
+    assert two.equal(torch.stack([both[1, 3], both[0, 5]])) and two.dtype == torch.float32
 
     # One image by hand: its posterior, and within a few standard deviations of it the cached sample, either flip.
     vae = D.load_vae(pictures[0] / "vae.pt", "cpu")
@@ -369,7 +372,7 @@ def test_cache_holds_what_was_promised(pictures, cached, capsys):
         assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05
     # The round trip: normalised, taken back by the decoder, equal to decoding the stored number itself.
     args.latents = meta
-    got = D.decoder(args, torch.device("cpu"))(latents[torch.arange(3)][:, 0])
+    got = D.decoder(args, torch.device("cpu"))(both[0, :3])
     want = D.to_uint8(vae.decode(torch.from_numpy(raw[:3, 0]).float()))
     assert (got.int() - want.int()).abs().max() <= 1
 
@@ -387,7 +390,7 @@ def test_a_killed_cache_goes_on_where_it_was(pictures, cached, tmp_path, monkeyp
 
         monkeypatch.setattr(D, "load_image", load_image)
 
-    stop_at(2 + 128 + 10)  # two of three blocks
+    stop_at(128 + 10)  # two of three blocks
     with pytest.raises(KeyboardInterrupt):
         cache(pictures, tmp_path, "--max-steps", "0")
     assert not (folder / "train.npy").exists() and not (folder / "meta.json").exists()
@@ -395,7 +398,7 @@ def test_a_killed_cache_goes_on_where_it_was(pictures, cached, tmp_path, monkeyp
     seen.clear()
     stop_at(10_000)
     cache(pictures, tmp_path, "--max-steps", "0")
-    assert len(seen) == 2 + 22 + 2 + 20  # two to time it, the last block; the same for the test split
+    assert len(seen) == 22 + 20  # the last block and the test split
     whole = pictures[0] / cached.name
     for name in ("train.npy", "test.npy"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -423,8 +426,10 @@ def test_tools_take_latents_through_the_seam(pictures, cached, tmp_path, capsys)
     flags = [str(cached), "--grid", "--t", "0.25", "--pixels", "--epochs", "2", "--batch", "16"]
     cells = probe.main(probe.parse_args([*flags, "--json", str(tmp_path / "p.json"), "--cache"]))[0]["cells"]
     assert [c["layer"] for c in cells] == ["1", "2", "3", "4", "5", "6", "pixels"]
+    other = tmp_path / "other.pt"
+    torch.save(D.VAE(32, 4).state_dict(), other)
     for wrong, says in ((["--vae", str(tmp_path / "none.pt")], "does not exist"),
-                        (["--vae", str(cached / "last.pt")], "not the file")):
+                        (["--vae", str(cached / "last.pt")], "no VA-VAE"), (["--vae", str(other)], "not the file")):
         with pytest.raises(SystemExit) as stop:
             sample.main(sample.parse_args([str(cached), "--n", "1", "--steps", "1", *wrong]))
         assert stop.value.code == 2 and says in capsys.readouterr().err
@@ -445,6 +450,28 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     (tmp_path / "meta.json").rename(pictures[0] / cached.name / "meta.json")
     lines = train(tmp_path / "c", "--dataset", "pics", "--data", str(tmp_path), *folder, "--cond")
     assert len(lines) == 1 and load(tmp_path / "c")["args"]["cond"] == 2
+    for wrong, says in ((["--dataset", "other"], "--dataset pics"), (["--resolution", "64"], "--resolution 32")):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "d", "--dataset", "pics", *folder, *wrong)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_run_resumes_without_the_vae_and_with_a_moved_cache(pictures, cached, tmp_path, capsys):
+    """The probe finds a moved cache by --data; a cache of other latents is refused."""
+    moved = shutil.copytree(pictures[0] / cached.name, tmp_path / "moved")
+    flags = ["--dataset", "pics", "--resolution", "32", "--cond", "--cache-latents"]
+    train(tmp_path / "run", *flags, str(pictures[0] / cached.name), "--max-steps", "1")
+    train(tmp_path / "run", *flags, str(moved), "--max-steps", "2", "--resume")
+    assert load(tmp_path / "run")["step"] == 2
+    probe.main(probe.parse_args([str(cached), "--data", str(moved), "--epochs", "1", "--batch", "16"]))
+    meta = json.loads((moved / "meta.json").read_text())
+    (moved / "meta.json").write_text(json.dumps(meta | {"mean": [0.0] * 4}))
+    for text, says in ((None, "other latents"), ("{", "damaged")):
+        if text:
+            (moved / "meta.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            probe.main(probe.parse_args([str(cached), "--data", str(moved), "--epochs", "1"]))
+        assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_bench_of_latents_needs_no_data(tmp_path, capsys, monkeypatch):

@@ -173,6 +173,18 @@ def test_samplers_map_noise_to_gaussian_data(model):
         assert (diffusion.sample(net, noise, steps=72) - s * noise).abs().max().item() < error / 10
 
 
+@pytest.mark.parametrize("bad", [0, 5])
+def test_rk45_ends_where_the_network_returns_nan(bad):
+    """From the first evaluation on, or midway: NaN comes back, for sample.py to report, and no endless search."""
+    calls = []
+
+    def net(x, t, y=None):
+        calls.append(1)
+        return x if len(calls) <= bad else x * math.nan
+
+    assert T.RF().sample(net, torch.ones(1, 3, 2, 2)).isnan().all() and len(calls) < 100
+
+
 def test_rf_euler_takes_the_steps_it_is_told():
     calls = []
 
