@@ -16,6 +16,7 @@ from PIL import Image
 from torch import multiprocessing, nn
 
 import probe
+import train_dit
 import train_unet
 
 
@@ -152,10 +153,11 @@ def test_random_crop_is_numpys_pad_and_slice():
 
 
 def test_latents_take_the_stored_mirror_image_and_their_own_protocol():
-    latents = torch.randn(6, 2, 4, 8, 8, dtype=torch.float16)
-    split = probe.Split(latents, torch.zeros(6).long(), torch.Tensor.float)
+    raw = torch.randn(6, 2, 4, 8, 8, dtype=torch.float16)
+    latents = train_dit.Latents(raw, torch.full((4,), 0.5), torch.full((4,), 2.0))
+    split = probe.Split(latents, torch.zeros(6).long(), None)
     x0 = split.x0(torch.tensor([4, 1]), torch.tensor([True, False]))
-    assert torch.equal(x0, torch.stack([latents[4, 1], latents[1, 0]]).float())
+    assert torch.equal(x0, (torch.stack([raw[4, 1], raw[1, 0]]).float() - 0.5) / 2)
     blank = dict(epochs=None, lr=None, batch=None, amp="auto", t=None, grid=False, crop=False)
     for images, dataset, want in [
         (latents, "imagenet", (30, 2e-3, 1440)),

@@ -307,7 +307,7 @@ def test_tools_take_it_through_the_seam(tmp_path, model, capsys):
         flags = [str(tmp_path), "--grid", "--t", str(V.LEVELS[model][0]), "--pool", pool, "--epochs", "1"]
         found[pool] = probe.main(probe.parse_args([*flags, "--subset", "64", "--batch", "32"]))[0]
         cells = found[pool]["cells"]
-        assert [c["layer"] for c in cells] == ["in_1", "in_2", "in_3", "mid", "out_1", "out_2", "out_3"]
+        assert [c["layer"] for c in cells] == ["in_1", "in_2", "mid", "out_1", "out_2"]
     assert found["cls"]["protocol"]["pool"] == "cls"
 
 
