@@ -767,6 +767,16 @@ def read_meta(args):
     return meta
 
 
+def read_stats(args):
+    """What --latent-stats and --vae say, in the form of read_meta."""
+    stats = read_checkpoint(args.latent_stats)
+    if not isinstance(stats, dict) or not all(isinstance(stats.get(k), torch.Tensor) for k in ("mean", "std")):
+        fail(f"--latent-stats {args.latent_stats} needs the tensors mean and std, one number per channel")
+    if not Path(args.vae).is_file():
+        fail(f"--vae {args.vae} does not exist")
+    return {"vae": file_hash(args.vae)} | {k: stats[k].flatten().tolist() for k in ("mean", "std")}
+
+
 def cache_split(args, split, vae, device):
     """Encode one split, both flips, into DIR/SPLIT.npy; a killed job goes on after the last whole block of 64 images.
 
@@ -878,11 +888,12 @@ def read_latents(args, split):
     other = [k for k in ("dataset", "resolution") if meta[k] != getattr(args, k)]
     if other:
         fail(f"--cache-latents {folder} has {', '.join(f'--{k} {meta[k]}' for k in other)}: take another folder")
-    if args.latents and any(args.latents[k] != meta[k] for k in ("vae", "mean", "std")):
-        fail(f"--cache-latents {folder} holds other latents than those of this run: take the folder it was made with")
+    stats = args.latents or meta  # a network needs those it was trained with
+    if stats["vae"] != meta["vae"]:
+        fail(f"{folder} holds latents of another VA-VAE than that of this run: name the folder of its own")
     try:
         about = json.loads((folder / f"{split}.json").read_text())
-        latents = Latents(map_array(folder / f"{split}.npy"), torch.tensor(meta["mean"]), torch.tensor(meta["std"]))
+        latents = Latents(map_array(folder / f"{split}.npy"), torch.tensor(stats["mean"]), torch.tensor(stats["std"]))
     except (OSError, ValueError):
         fail(f"{folder} is damaged ({split}): take another --cache-latents, or delete the folder")
     return latents, torch.tensor(about["labels"]), about["classes"]
@@ -901,8 +912,9 @@ def load_data(args, split):
 
 
 def training_set(args, device):
-    """Images or latents, labels and class names to train on. --bench takes noise: it needs no data set."""
-    if args.bench:
+    """Images or latents, labels and class names to train on. Noise where none are needed: for --bench, and where public
+    weights with statistics of their own (--latent-stats) just become a checkpoint."""
+    if args.bench or (args.latent_stats and args.max_steps == 0):
         shape = latent_shape(args)
         if args.cache_latents:
             raw = torch.randn(4 * args.batch, 2, *shape).half()
@@ -912,8 +924,9 @@ def training_set(args, device):
         return images, torch.zeros(len(images), dtype=torch.long), []
     if not args.cache_latents:
         return read_data(args, "train")
-    args.latents = read_meta(args) or cache_latents(args, device)
-    if args.vae != "none" and (not Path(args.vae).is_file() or file_hash(args.vae) != args.latents["vae"]):
+    meta = read_meta(args) or cache_latents(args, device)
+    args.latents = args.latents or meta
+    if args.vae != "none" and (not Path(args.vae).is_file() or file_hash(args.vae) != meta["vae"]):
         fail(f"--vae {args.vae} is not the file that {args.cache_latents} was made with: give that one, or none")
     return read_latents(args, "train")
 
@@ -1178,7 +1191,8 @@ def check_out(args):
     if known.is_file() and last.is_file():
         old = json.loads(known.read_text())
         new = json.loads(json.dumps(vars(args)))
-        other = [f"--{k.replace('_', '-')} {old.get(k)}" for k in new if k not in free and old.get(k) != new[k]]
+        other = [k for k in new if k not in free and old.get(k) != new[k]]
+        other = [f"--{k.replace('_', '-')} {str(old.get(k))[:60]}" for k in other]
         if other:
             fail(f"--out {args.out} holds a run with {', '.join(other)}: choose another --out")
         if not args.resume:
@@ -1348,6 +1362,8 @@ def parse_args(argv=None):
     group.add_argument("--vae", default="none", metavar="FILE", help="VA-VAE f16d32 (default: none)")
     group.add_argument("--cache-latents", metavar="DIR", help="train on the latents in DIR; where it is not complete, "
                        "encode the class folders of --dataset with --vae first (default: train on pixels)")
+    group.add_argument("--latent-stats", metavar="FILE", help="channel mean and std of public weights, a torch file, "
+                       "instead of the cache's own")
     group.add_argument("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64, latents 256)")
     group.add_argument("--data-device", choices=["auto", "cpu"],
                        help="where the data live (default: auto, the device; latents cpu, memory-mapped)")
@@ -1384,13 +1400,17 @@ def parse_args(argv=None):
     args.cache_latents = str(Path(args.cache_latents).resolve()) if latents else None  # probe.py looks there
     if args.vae != "none" and not latents:
         parser.error("--vae goes with --cache-latents DIR: say where the latents are to be kept")
-    args.latents = read_meta(args) if latents else None  # hash of the VA-VAE, statistics of the channels
+    if args.latent_stats and (not latents or args.vae == "none"):
+        parser.error("--latent-stats goes with --vae FILE and --cache-latents DIR")
+    args.latents = None  # hash of the VA-VAE, statistics of the channels
+    if latents:
+        args.latents = read_stats(args) if args.latent_stats else read_meta(args)
     resolution = args.resolution or (256 if latents else RESOLUTIONS.get(args.dataset, 64))
     root = Path(args.data) / args.dataset / "train"
     classes = CLASSES.get(args.dataset, 0)
     if root.is_dir():
         classes = sum(p.is_dir() for p in root.iterdir())
-    elif args.latents:
+    elif latents and read_meta(args):
         classes = len(json.loads((Path(args.cache_latents) / "train.json").read_text())["classes"])
     if args.cond == -1:
         args.cond = classes or -1
@@ -1444,7 +1464,7 @@ def latent_shape(args):
     """(C, h, w) of what the network works on."""
     if not args.cache_latents:
         return 3, args.resolution, args.resolution
-    channels = args.latents["shape"][2] if args.latents else 32  # of the public VA-VAE
+    channels = len(args.latents["mean"]) if args.latents else 32  # of the public VA-VAE
     return channels, args.resolution // 16, args.resolution // 16
 
 

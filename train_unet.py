@@ -1067,7 +1067,8 @@ def check_out(args):
     if known.is_file() and last.is_file():
         old = json.loads(known.read_text())
         new = json.loads(json.dumps(vars(args)))
-        other = [f"--{k.replace('_', '-')} {old.get(k)}" for k in new if k not in free and old.get(k) != new[k]]
+        other = [k for k in new if k not in free and old.get(k) != new[k]]
+        other = [f"--{k.replace('_', '-')} {str(old.get(k))[:60]}" for k in other]
         if other:
             fail(f"--out {args.out} holds a run with {', '.join(other)}: choose another --out")
         if not args.resume:

@@ -465,13 +465,34 @@ def test_a_run_resumes_without_the_vae_and_with_a_moved_cache(pictures, cached, 
     assert load(tmp_path / "run")["step"] == 2
     probe.main(probe.parse_args([str(cached), "--data", str(moved), "--epochs", "1", "--batch", "16"]))
     meta = json.loads((moved / "meta.json").read_text())
-    (moved / "meta.json").write_text(json.dumps(meta | {"mean": [0.0] * 4}))
-    for text, says in ((None, "other latents"), ("{", "damaged")):
+    (moved / "meta.json").write_text(json.dumps(meta | {"vae": "0"}))
+    for text, says in ((None, "another VA-VAE"), ("{", "damaged")):
         if text:
             (moved / "meta.json").write_text(text)
         with pytest.raises(SystemExit) as stop:
             probe.main(probe.parse_args([str(cached), "--data", str(moved), "--epochs", "1"]))
         assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_public_weights_become_a_checkpoint_without_data(pictures, cached, tmp_path):
+    """Their statistics come in a file of their own and are what normalises, in sampling and on a cache."""
+    stats = {"mean": torch.linspace(-1, 1, 4).view(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 3.0)}
+    torch.save(stats, tmp_path / "stats.pt")
+    torch.manual_seed(3)
+    source = D.DiT(4, 2, 1, **D.SIZES["tiny"], classes=2)
+    torch.save({"ema": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "public.pt")
+    flags = ["--dataset", "pics", "--resolution", "32", "--cond", "2", "--vae", pictures[1][-1], "--max-steps", "0",
+             "--latent-stats", str(tmp_path / "stats.pt"), "--init", str(tmp_path / "public.pt")]  # fmt: skip
+    train(tmp_path / "run", *flags, "--cache-latents", str(tmp_path / "not-there"))
+    model = sample.load_checkpoint(tmp_path / "run")
+    assert all(model.net.state_dict()[k].equal(v) for k, v in source.state_dict().items())
+    z = torch.randn(2, 4, 2, 2)
+    vae = D.load_vae(pictures[0] / "vae.pt", "cpu")
+    want = D.to_uint8(vae.decode(z * 3 + stats["mean"]))
+    assert (D.decoder(model.args, torch.device("cpu"))(z).int() - want.int()).abs().max() <= 1
+    model.args.cache_latents = str(pictures[0] / cached.name)
+    latents, _ = D.load_data(model.args, "train")
+    assert latents.mean.tolist() == pytest.approx(stats["mean"].flatten().tolist()) and latents.std.eq(3).all()
 
 
 def test_bench_of_latents_needs_no_data(tmp_path, capsys, monkeypatch):
