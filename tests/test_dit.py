@@ -1,16 +1,13 @@
 """train_dit.py: parity with LightningDiT and its VA-VAE, guidance, the cache of latents, and runs by its user."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import check_equal_steps, check_resumed, launch, load, metrics
 from PIL import Image
 
 import probe
@@ -18,6 +15,7 @@ import sample
 import train_dit as D
 import train_unet as T
 
+pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8", "--log-every", "1", "--sample-every", "0"]
 
 
@@ -34,15 +32,6 @@ def network(seed=0, **kw):
 def batch(n=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, 3, 8, 8, generator=g), torch.rand(n, generator=g)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fewer_shapes():
-    """64 images instead of 10 000, so that an epoch is 8 steps."""
-    original = D.draw_shapes
-    D.draw_shapes = lambda n, seed: original(64, seed)
-    yield
-    D.draw_shapes = original
 
 
 # ---- parity and sizes
@@ -249,19 +238,7 @@ def test_sampler_follows_the_flow_of_gaussian_data():
 def train(out, *flags):
     """Run the script in this process; returns its metrics lines without the header."""
     D.main(D.parse_args([*TINY, "--out", str(out), *flags]))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
-
-
-def load(out, name="last.pt"):
-    return torch.load(out / name, weights_only=True)
-
-
-def launch(n, *flags):
-    """The script under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, str(ROOT / "train_dit.py"), *TINY, *flags], env=env, timeout=300,
-                          capture_output=True, text=True)  # fmt: skip
+    return metrics(out)
 
 
 def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
@@ -269,12 +246,7 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
     whole = train(tmp_path / "a", *flags, "--max-steps", "10")
     train(tmp_path / "b", *flags, "--max-steps", "7")
     parts = train(tmp_path / "b", *flags, "--max-steps", "10", "--resume")
-    a, b = load(tmp_path / "a"), load(tmp_path / "b")
-    for key in ("model", "ema", "head", "ema_projector"):
-        assert all(a[key][k].equal(v) for k, v in b[key].items()), key
-    for line in whole + parts:
-        line.pop("img_per_s")
-    assert whole == parts
+    check_resumed(tmp_path / "a", tmp_path / "b", whole, parts)
 
 
 @pytest.mark.parametrize(
@@ -409,15 +381,11 @@ def test_two_ranks_make_the_same_cache_and_the_same_steps(pictures, tmp_path):
     flags = [*pictures[1], "--cond", "--self-cond", "--cl", "0.01", "--max-steps", "3"]
     folders = {n: str(pictures[0] / f"{tmp_path.name}-{n}") for n in (1, 2)}
     for n, folder in folders.items():
-        done = launch(n, *flags, "--cache-latents", folder, "--out", str(tmp_path / str(n)))
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = launch(n, "train_dit.py", *TINY, *flags, "--cache-latents", folder, "--out", str(tmp_path / str(n)))
         assert "150 images x 2 flips" in done.stdout
     a, b = (np.load(f"{folder}/train.npy") for folder in folders.values())
     assert np.allclose(a, b, atol=1e-3)
-    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()[1:]] for n in "12"]
-    for one, two in zip(*lines, strict=True):
-        for key in one.keys() - {"img_per_s", "cl_std"}:
-            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), (one["step"], key)
+    check_equal_steps(tmp_path / "1", tmp_path / "2", rel=1e-3)
 
 
 def test_tools_take_latents_through_the_seam(pictures, cached, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pickle
 import shutil
 import signal
@@ -12,36 +11,24 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check_equal_steps, launch, load, metrics
 
 import train_unet as T
 
+pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8", "--log-every", "1", "--sample-every", "0"]
 
 
 def train(out, *flags):
     """Run the script in this process; returns its metrics lines without the header."""
     T.main(T.parse_args([*TINY, "--out", str(out), *flags]))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
-
-
-def load(out, name="last.pt"):
-    return torch.load(out / name, weights_only=True)
+    return metrics(out)
 
 
 def script(*flags, nproc=1):
     """Command line of the script, under torchrun with several ranks."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    return [sys.executable, *launch, str(ROOT / "train_unet.py"), *TINY, *flags]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fewer_shapes():
-    """64 images instead of 10 000, so that an epoch is 8 steps."""
-    original = T.draw_shapes
-    T.draw_shapes = lambda n, seed: original(64, seed)
-    yield
-    T.draw_shapes = original
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return [sys.executable, *ranks, str(ROOT / "train_unet.py"), *TINY, *flags]
 
 
 @pytest.mark.parametrize(
@@ -111,14 +98,9 @@ def test_seed_matters(tmp_path):
 def test_two_ranks_equal_one(tmp_path, flags):
     """torchrun with two gloo ranks: every step's loss, gradient norm and the weights, contrastive part included."""
     flags = [*flags, "--max-steps", "4"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     for n in (1, 2):
-        command = script(*flags, "--out", str(tmp_path / str(n)), nproc=n)
-        subprocess.run(command, check=True, env=env, cwd=tmp_path, timeout=200, capture_output=True)
-    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()[1:]] for n in "12"]
-    for a, b in zip(*lines, strict=True):
-        for key in a.keys() - {"img_per_s", "cl_std"}:  # the std of the queries is of a rank's own
-            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), (a["step"], key)
+        launch(n, "train_unet.py", *TINY, *flags, "--out", str(tmp_path / str(n)))
+    check_equal_steps(tmp_path / "1", tmp_path / "2", rel=2e-4)
     a, b = load(tmp_path / "1")["ema"], load(tmp_path / "2")["ema"]
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 

@@ -1,21 +1,17 @@
 """train_uvit.py: parity with the official U-ViT, the [CLS] token, the mask, labels, and runs as its user makes them."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import check_equal_steps, check_resumed, launch, load, metrics
 from PIL import Image
 
 import probe
 import sample
 import train_uvit as V
 
+pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8", "--log-every", "1", "--sample-every", "0"]
 
 
@@ -38,15 +34,6 @@ def official(name):
     """in_1 -> in_block_0, mid -> mid_block, out_2 -> out_block_1."""
     stage, _, i = name.partition("_")
     return f"{stage}_block" + (f"_{int(i) - 1}" if i else "")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fewer_shapes():
-    """64 images instead of 10 000, so that an epoch is 8 steps."""
-    original = V.draw_shapes
-    V.draw_shapes = lambda n, seed: original(64, seed)
-    yield
-    V.draw_shapes = original
 
 
 # ---- parity and sizes
@@ -254,11 +241,7 @@ def test_ddpm_time_is_below_1000():
 def train(out, *flags):
     """Run the script in this process; returns its metrics lines without the header."""
     V.main(V.parse_args([*TINY, "--out", str(out), *flags]))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
-
-
-def load(out, name="last.pt"):
-    return torch.load(out / name, weights_only=True)
+    return metrics(out)
 
 
 def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
@@ -266,26 +249,15 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
     whole = train(tmp_path / "a", *flags, "--max-steps", "10")
     train(tmp_path / "b", *flags, "--max-steps", "7")
     parts = train(tmp_path / "b", *flags, "--max-steps", "10", "--resume")
-    a, b = load(tmp_path / "a"), load(tmp_path / "b")
-    for key in ("model", "ema", "head", "ema_projector"):
-        assert all(a[key][k].equal(v) for k, v in b[key].items()), key
-    for line in whole + parts:
-        line.pop("img_per_s")
-    assert whole == parts
+    check_resumed(tmp_path / "a", tmp_path / "b", whole, parts)
 
 
 def test_two_ranks_equal_one(tmp_path):
     """The user's own command, small: every step's loss, gradient norm and the weights."""
     flags = [*TINY, "--cls-token", "--cl", "0.01", "--max-steps", "4"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for n, extra in (("1", []), ("2", launch)):
-        command = [sys.executable, *extra, str(ROOT / "train_uvit.py"), *flags, "--out", str(tmp_path / n)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=env, cwd=tmp_path, timeout=200, capture_output=True)
-    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()[1:]] for n in "12"]
-    for a, b in zip(*lines, strict=True):
-        for key in a.keys() - {"img_per_s", "cl_std"}:  # the std of the queries is of a rank's own
-            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), (a["step"], key)
+    for n in (1, 2):
+        launch(n, "train_uvit.py", *flags, "--out", str(tmp_path / str(n)))
+    check_equal_steps(tmp_path / "1", tmp_path / "2", rel=2e-4)
     a, b = load(tmp_path / "1")["ema"], load(tmp_path / "2")["ema"]
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
