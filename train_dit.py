@@ -1331,7 +1331,7 @@ def parse_args(argv=None):
     """Flags -> Namespace with every default resolved. Exits with status 2 on a wrong value."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     group = parser.add_argument_group("model")
-    group.add_argument("--size", choices=list(SIZES), default="B", help="0.4, 130, 458, 676 M parameters (default: B)")
+    group.add_argument("--size", choices=list(SIZES), default="B", help="0.5, 130, 457, 674 M parameters (default: B)")
     group.add_argument("--patch", type=int, help="(default: latents 1, pixels resolution / 16, at least 2)")
     group.add_argument("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive",
                        help="self-conditioning after --layer (default: off; bare: adaptive; add is the ablation)")

@@ -17,7 +17,9 @@ from PIL import Image
 from torch import nn
 
 import fid
+import train_dit
 import train_unet
+import train_uvit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,7 +262,8 @@ def test_bad_images(capsys, tmp_path):
 def training_set(monkeypatch):
     """What load_data returns, to be changed by a test."""
     pictures = torch.from_numpy(random_images(6)).permute(0, 3, 1, 2).contiguous()
-    monkeypatch.setattr(train_unet, "load_data", lambda args, split: (pictures, torch.zeros(6)))
+    for script in (train_unet, train_uvit, train_dit):
+        monkeypatch.setattr(script, "load_data", lambda args, split: (pictures, torch.zeros(6)))
     return pictures
 
 
@@ -347,14 +350,20 @@ def test_ranks_do_not_change_the_result(capsys, tmp_path, weights):
     assert one == two and one["n"] == 4 and one["reference"]["count"] == 3
 
 
-def test_checkpoint_against_its_own_training_set(capsys, monkeypatch, tmp_path, training_set):
-    args = train_unet.parse_args(["--backbone", "tiny", "--data", str(tmp_path / "data")])
-    state = {"script": "train_unet", "args": vars(args), "ema": train_unet.build(args)[0].state_dict()}
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(train_unet, ["--backbone", "tiny"]), (train_uvit, ["--size", "tiny", "--cls-token"]),
+     (train_uvit, ["--size", "tiny", "--cond"]), (train_dit, ["--size", "tiny", "--cond", "--self-cond"])],
+)  # fmt: skip
+def test_checkpoint_against_its_own_training_set(script, flags, capsys, monkeypatch, tmp_path, training_set):
+    args = script.parse_args([*flags, "--data", str(tmp_path / "data")])
+    state = {"script": script.__name__, "args": vars(args), "ema": script.build(args)[0].state_dict()}
     torch.save(state | {"epoch": 3, "step": 7}, tmp_path / "last.pt")
     monkeypatch.setattr(fid, "load_inception", lambda *args: FakeInception())
     monkeypatch.setattr(fid, "frechet_distance", lambda *gaussians: 7.14)  # 2048 eigenvalues take seconds
     run(tmp_path, "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
     out = capsys.readouterr().out
+    assert ("balanced labels" in out) == ("--cond" in flags)
     assert "EMA weights of epoch 3" in out and out.splitlines()[-1].startswith("FID 7.14  IS ")
     result = json.loads((tmp_path / "fid.json").read_text())
     assert (result["epoch"], result["n"], result["weights"]) == (3, 2, "ema")
