@@ -708,8 +708,7 @@ def to_uint8(x0):
 
 def file_hash(path):
     """sha256 of a file, 16 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def load_vae(path, device):

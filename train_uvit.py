@@ -152,7 +152,7 @@ class UViT(nn.Module):
         if resolution % patch:
             raise ValueError(f"patches of {patch} do not divide {resolution} pixels")
         if target == "cls" and not cls_token:
-            raise ValueError("the feature 'cls' needs a [CLS] token")
+            raise ValueError("the feature 'cls' needs a [CLS] token: add --cls-token")
         self.shape, self.classes = (3, resolution, resolution), classes
         self.feat_dim = self.emb_dim = width
         self.patch, self.length, self.target = patch, (resolution // patch) ** 2, target
