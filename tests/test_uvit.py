@@ -337,7 +337,7 @@ def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys):
 
 
 def test_blocks_run_in_bf16_autocast():
-    """The residual stream, the feature and the time embedding stay in float32."""
+    """The feature and the time embedding stay in float32, and nothing strays far."""
     net = network(cls_token=True, aug_dim=9, layer="out_1", target="cls")
     x, t = batch()
     want, (feat, _) = net(x, t, feat="too")
