@@ -81,7 +81,7 @@ class Model:
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
     if not Path(path).is_file():
-        fail(f"{path} does not exist: give a checkpoint file, or the run folder that holds last.pt")
+        fail(f"{path} does not exist, or is no file: check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
@@ -230,6 +230,10 @@ def sampling(args):
     for name, least in low.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name} must be at least {least:g}")
+    if args.cfg is not None and args.cfg < 0:
+        fail("--cfg must be at least 0")
+    if args.cfg_interval is not None and not 0 <= args.cfg_interval[0] < args.cfg_interval[1] <= 1:
+        fail("--cfg-interval takes two times, LOW below HIGH, between 0 (data) and 1 (noise)")
     flags = {name: getattr(args, name) for name in ("seed", "steps", "batch", "labels", "vae")}
     options = {"cfg": args.cfg, "cfg_interval": args.cfg_interval, "shift": args.shift}
     amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
@@ -252,6 +256,8 @@ def parse_args(argv=None):
         parser.error("--n must be at least 1")
     first = Path(args.ckpt[0])
     args.out = Path(args.out) if args.out else (first if first.is_dir() else first.parent) / "samples.png"
+    if args.out.suffix in (".jpg", ".jpeg", ".webp", ".gif"):
+        parser.error(f"--out {args.out}: give FILE.png, FILE.npz or a folder; images are kept without loss")
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
     return args

@@ -62,7 +62,7 @@ ADDED = ("self_cond.",)  # what [P] adds to the network: public weights lack it
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # of the VA-VAE's public file; the rest trained it
 FREE = {  # flags that may change when a run is resumed
     "data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
-    "data_device", "out", "bench", "init", "amp", "vae", "cache_latents",
+    "data_device", "out", "bench", "init", "amp", "warmup", "vae", "cache_latents", "latents",
 }
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SHAPES = ("bar", "crescent", "cross", "disc", "ell", "frame", "plus", "ring", "square", "triangle")
@@ -720,7 +720,7 @@ def load_vae(path, device):
         vae = VAE(state["encoder.conv_in.weight"].shape[0], state["post_quant_conv.weight"].shape[0])
         vae.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        fail(f"--vae {path} is no VA-VAE: {' '.join(str(error).split())[:120]}")
+        fail(f"--vae {path} is no VA-VAE, or lacks a tensor: {' '.join(str(error).split())[:120]}")
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -886,7 +886,7 @@ def read_latents(args, split):
         fail(f"{folder} holds no finished cache of latents: make it by training with --vae FILE, or name its folder")
     other = [k for k in ("dataset", "resolution") if meta[k] != getattr(args, k)]
     if other:
-        fail(f"--cache-latents {folder} has {', '.join(f'--{k} {meta[k]}' for k in other)}: take another folder")
+        fail(f"--cache-latents {folder} holds {', '.join(f'--{k} {meta[k]}' for k in other)}: give the same")
     stats = args.latents or meta  # a network needs those it was trained with
     if stats["vae"] != meta["vae"]:
         fail(f"{folder} holds latents of another VA-VAE than that of this run: name the folder of its own")
@@ -1153,7 +1153,7 @@ def save_checkpoint(path, **state):
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
     if not Path(path).is_file():
-        fail(f"{path} does not exist: give a checkpoint file, or the run folder that holds last.pt")
+        fail(f"{path} does not exist, or is no file: check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
@@ -1177,6 +1177,10 @@ def load_weights(net, path):
     found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     missing = [k for k in want if k not in found and not k.startswith(ADDED)]
     wrong = [k for k in want if k in found and getattr(found[k], "shape", None) != want[k].shape]
+    extra = [k for k, v in found.items() if k not in want and isinstance(v, torch.Tensor)]
+    if extra and not missing + wrong:
+        fail(f"--init {path} holds {len(extra)} tensors that this network has no place for, first {extra[0]}: is a "
+             "flag missing?")
     if missing or wrong:
         fail(f"--init {path} does not fit this network: {len(missing)} tensors missing, {len(wrong)} of other shapes, "
              f"first {(missing + wrong)[0]}")
@@ -1396,7 +1400,8 @@ def parse_args(argv=None):
 
     args.model = "rf"  # the one formulation of [P] on latents
     tiny, latents = args.size == "tiny", args.cache_latents is not None
-    args.cache_latents = str(Path(args.cache_latents).resolve()) if latents else None  # probe.py looks there
+    args.cache_latents = str(Path(args.cache_latents).resolve()) if latents else None  # the tools look there,
+    args.vae = args.vae if args.vae == "none" else str(Path(args.vae).resolve())  # from wherever they are called
     if args.vae != "none" and not latents:
         parser.error("--vae goes with --cache-latents DIR: say where the latents are to be kept")
     if args.latent_stats and (not latents or args.vae == "none"):
@@ -1561,7 +1566,7 @@ def main(args):
     # 2. Data: whole, on the device.
     images, labels, classes = training_set(args, device)
     if len(images) < args.batch:
-        fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
+        fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}: take fewer")
     if args.data_device != "cpu":
         try:
             images, labels = images.to(device), labels.to(device)

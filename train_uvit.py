@@ -65,7 +65,7 @@ CLASSES = {"shapes": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
 ADDED = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the network: public weights lack it
 FREE = {  # flags that may change when a run is resumed
     "data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
-    "data_device", "out", "bench", "init", "amp",
+    "data_device", "out", "bench", "init", "amp", "warmup",
 }
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 SHAPES = ("bar", "crescent", "cross", "disc", "ell", "frame", "plus", "ring", "square", "triangle")
@@ -956,7 +956,7 @@ def save_checkpoint(path, **state):
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
     if not Path(path).is_file():
-        fail(f"{path} does not exist: give a checkpoint file, or the run folder that holds last.pt")
+        fail(f"{path} does not exist, or is no file: check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
@@ -980,6 +980,10 @@ def load_weights(net, path):
     found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     missing = [k for k in want if k not in found and not k.startswith(ADDED)]
     wrong = [k for k in want if k in found and getattr(found[k], "shape", None) != want[k].shape]
+    extra = [k for k, v in found.items() if k not in want and isinstance(v, torch.Tensor)]
+    if extra and not missing + wrong:
+        fail(f"--init {path} holds {len(extra)} tensors that this network has no place for, first {extra[0]}: is a "
+             "flag missing?")
     if missing or wrong:
         fail(f"--init {path} does not fit this network: {len(missing)} tensors missing, {len(wrong)} of other shapes, "
              f"first {(missing + wrong)[0]}")
@@ -1337,7 +1341,7 @@ def main(args):
     # 2. Data: whole, on the device.
     images, labels, classes = training_set(args, device)
     if len(images) < args.batch:
-        fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}")
+        fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}: take fewer")
     if args.data_device != "cpu":
         try:
             images, labels = images.to(device), labels.to(device)

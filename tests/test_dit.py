@@ -463,6 +463,37 @@ def test_public_weights_become_a_checkpoint_without_data(pictures, cached, tmp_p
     assert latents.mean.tolist() == pytest.approx(stats["mean"].flatten().tolist()) and latents.std.eq(3).all()
 
 
+@pytest.mark.parametrize("lost", ["--qk-norm", "--self-cond", "--cond"])
+def test_init_refuses_what_it_would_drop(tmp_path, capsys, lost):
+    flags = ["--qk-norm", "--self-cond", "--cond"]
+    source, _ = D.build(D.parse_args([*TINY, *flags]))
+    torch.save(source.state_dict(), tmp_path / "public.pt")
+    for given in (flags, [flag for flag in flags if flag != lost]):
+        net, _ = D.build(D.parse_args([*TINY, *given]))
+        if given == flags:
+            D.load_weights(net, tmp_path / "public.pt")
+            continue
+        with pytest.raises(SystemExit) as stop:
+            D.load_weights(net, tmp_path / "public.pt")
+        assert stop.value.code == 2 and "no place for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--cfg", "-1"], ["--cfg-interval", "0.9", "0.1"], ["--shift", "0"], ["--steps", "0"]]
+)
+def test_sampling_flags_that_make_no_sense(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(sample.parse_args([str(tmp_path), *flags]))
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_a_run_is_made_longer(tmp_path):
+    """--epochs may change on --resume, and what follows from it."""
+    train(tmp_path, "--epochs", "1")
+    train(tmp_path, "--epochs", "2", "--resume")
+    assert load(tmp_path)["step"] == 16
+
+
 def test_bench_of_latents_needs_no_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     D.main(D.parse_args([*TINY, "--cache-latents", "none-yet", "--bench", "2", "--cond", "10", "--cl", "0.01"]))
