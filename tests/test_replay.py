@@ -1,0 +1,465 @@
+"""Training replayed: what the paper says that optimiser steps do, in plain tensors, against what a real run did.
+
+A run is watched from outside: what went into its networks and losses, which random numbers were drawn, what its
+optimiser was given. What went in must be rows of a data set that the test wrote, noised as the paper says; losses,
+gradients, updates and averages are then computed here and compared.
+"""
+
+import inspect
+import json
+import math
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from conftest import load, metrics
+from PIL import Image
+from scipy.stats import kstest
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import train_dit
+import train_unet
+import train_uvit
+
+BATCH, CLASSES, EMA = 8, 3, 0.28
+NETWORKS = {train_unet: train_unet.UNet, train_uvit: train_uvit.UViT, train_dit: train_dit.DiT}
+UNET = ["--backbone", "tiny", "--self-cond", "--aug", "0.5", "--model"]
+CASES = {  # script, flags; the teacher's level, never the default; gamma, in one case so small that nothing is clipped
+    "unet-ddpm": (train_unet, [*UNET, "ddpm"], 66, 0.3),
+    "unet-edm": (train_unet, [*UNET, "edm"], 0.3, 0.3),
+    "unet-rf": (train_unet, [*UNET, "rf"], 0.2, 0.3),
+    "uvit": (train_uvit, ["--size", "tiny", "--cls-token", "--aug", "0.5", "--cond", "--label-drop", "0.3"], 66, 0.3),
+    "uvit-gap": (train_uvit, ["--size", "tiny", "--aug", "0.5"], 22, 0.01),
+    "dit": (train_dit, ["--size", "tiny", "--self-cond", "--cond"], 0.2, 0.3),
+    "dit-latents": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "--cache-latents"], 0.3, 0.3),
+}
+
+
+# ---- The adapter: all that knows the scripts from inside
+def settle(args, script, patch):
+    """What has no flag: every step is logged, every epoch has its grid, lr warms up in 3 steps, dropout acts."""
+    patch.setattr(script, "LOG_EVERY", 1, raising=False)
+    args.log_every, args.warmup, args.cooldown, args.cl_hidden = 1, 1.5, 0.0, 32
+    args.sample_every = int(not getattr(args, "cache_latents", None))  # there is no VA-VAE here to show latents with
+    if script is train_unet:
+        args.dropout = 0.2
+    return args
+
+
+def write_latents(folder, latents, labels):
+    """A finished cache of train_dit.py: float16 (N, 2, C, h, w), to be normalised with mean and std of channels."""
+    mean, std = latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
+    meta = {"dataset": "tones", "resolution": 64, "vae": "none", "shape": list(latents.shape)}
+    meta |= {"mean": mean.tolist(), "std": std.tolist()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    about = {"labels": labels.tolist(), "classes": [f"c{k}" for k in range(CLASSES)]}
+    (folder / "train.json").write_text(json.dumps(about))
+    np.save(folder / "train.npy", latents.half().numpy())
+    return (latents.half().float() - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+
+class Watch:
+    """A run and what was seen of it: steps[k] holds the calls of one optimiser step, grids the calls of the sampler.
+
+    With `light` the network is replaced by something cheap, for questions about the draws alone.
+    """
+
+    def __init__(self, script, patch, light=False):
+        self.steps, self.grids, self.now, self.sampling = [], [], None, False
+        network, build, head = NETWORKS[script], script.build, script.MoCoHead
+        forward, shape, randn = network.forward, inspect.signature(network.forward), torch.randn
+        self.parts = {}
+        self.reset()
+
+        def watched_forward(module, *given, **named):
+            call = dict(shape.bind(module, *given, **named).arguments)
+            call |= {"training": {m.training for m in call.pop("self").modules()}, "rng": torch.get_rng_state()}
+            call["weights"] = None if light else tensors(module)
+            kind = "grid" if self.sampling else "student" if module is self.parts["model"] else "teacher"
+            (self.grids[-1]["calls"] if self.sampling else self.now[kind]).append(call)
+            if not light:
+                return forward(module, *given, **named)
+            feat = call["x"].flatten(1)[:, : module.feat_dim], call["x"].new_zeros(len(call["x"]), module.emb_dim)
+            out = call["x"] * next(module.parameters()).mean()
+            return {None: out, "too": (out, feat), "only": feat}[call.get("feat")]
+
+        def watched_build(args):
+            net, diffusion = build(args)
+            self.parts |= {"model": net, "diffusion": diffusion}
+            loss, level, sample = diffusion.loss, diffusion.draw_level, diffusion.sample
+
+            def watched_loss(*given, **named):
+                self.now["loss"].append(dict(inspect.signature(loss).bind(*given, **named).arguments))
+                return loss(*given, **named)
+
+            def watched_sample(net, noise, *given, y=None, **named):
+                self.grids.append({"noise": noise, "y": y, "calls": [], "after": len(self.steps)})
+                self.sampling = True
+                self.now["randn"].clear()  # the grid's noise is of no step
+                x0 = sample(net, noise, steps=2, y=y)
+                self.sampling = False
+                return x0
+
+            diffusion.loss, diffusion.sample = watched_loss, watched_sample
+            diffusion.draw_level = lambda *given: self.keep("level", level(*given))
+            return net, diffusion
+
+        def watched_head(*given, **named):
+            self.parts["head"] = head(*given, **named)
+            return self.parts["head"]
+
+        patch.setattr(network, "forward", watched_forward)
+        patch.setattr(script, "build", watched_build)
+        patch.setattr(script, "MoCoHead", watched_head)
+        patch.setattr(torch, "randn", lambda *given, **named: self.keep("randn", randn(*given, **named)))
+        self.hooks = [register_optimizer_step_pre_hook(self.before), register_optimizer_step_post_hook(self.after)]
+
+    def reset(self):
+        self.now = {"student": [], "teacher": [], "loss": [], "level": [], "randn": []}
+
+    def keep(self, kind, value):
+        self.now[kind].append(value)
+        return value
+
+    def named(self):
+        """Everything trainable, by (part, name) as in last.pt."""
+        return {(part, k): p for part in self.parts for k, p in self.parts[part].named_parameters() if p.requires_grad}
+
+    def before(self, optimizer, *_):
+        known = {id(p) for p in self.named().values()}
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == known
+        self.now["grad"] = {key: p.grad.clone() for key, p in self.named().items() if p.grad is not None}
+
+    def after(self, *_):
+        self.now["params"] = {key: p.detach().clone() for key, p in self.named().items()}
+        self.steps.append(self.now)
+        self.reset()
+
+
+# ---- Data that are recognised, and the paper's formulas
+def tensors(module):
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def write_data(root, n, latents=False):
+    """n images of noise in class folders, none like another or like its mirror image: views (n, 2, C, H, W), labels."""
+    g = torch.Generator().manual_seed(n)
+    labels = torch.arange(n) * CLASSES // n  # classes are read in order
+    if latents:
+        root.mkdir(parents=True)
+        return write_latents(root, 3 + 2 * torch.randn(n, 2, 4, 4, 4, generator=g), labels), labels
+    images = torch.randint(256, (n, 3, 16, 16), generator=g, dtype=torch.uint8)
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        (root / "tones" / "train" / f"c{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "tones" / "train" / f"c{label}" / f"{i:04d}.png")
+    x0 = images / 255 * 2 - 1
+    return torch.stack([x0, x0.flip(3)], dim=1), labels
+
+
+def along(values, x):
+    return torch.as_tensor(values).double().view(-1, *[1] * (x.ndim - 1))
+
+
+def path(model, level):
+    """x_t = a x0 + b eps: (a, b), float64 (B,). paper.md, section 2."""
+    level = level.double()
+    if model == "ddpm":
+        product = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)])
+        return product[level.long()].sqrt(), (1 - product[level.long()]).sqrt()
+    return (torch.ones_like(level), level) if model == "edm" else (1 - level, level)
+
+
+def network_input(script, model, level, x_t):
+    """What the network sees of x_t, and its time."""
+    if model == "edm":
+        return x_t / (along(level, x_t) ** 2 + 0.25).sqrt(), level.double().log() / 4
+    scale = {train_unet: 1e-3, train_uvit: 0.999}
+    time = level.double() * scale[script] if model == "ddpm" else level.double()
+    return x_t, 1 - time if script is train_dit else time  # the DiT runs on its ancestor's clock
+
+
+def diffusion_loss(script, model, out, x_t, x0, level, noise, u):
+    """Mean loss of raw network outputs. paper.md, section 2; u: log variance of the uncertainty weighting, or None."""
+    if model == "ddpm":
+        return ((out - noise) ** 2).mean()
+    if model == "rf":
+        v, v_hat = noise - x0, -out if script is train_dit else out
+        loss = ((v_hat - v) ** 2).mean()
+        cosine = (v * v_hat).sum(1) / (v.norm(dim=1) * v_hat.norm(dim=1))
+        return loss + (1 - cosine).mean() if script is train_dit else loss
+    s, sd = along(level, x0).float(), 0.5
+    denoised = sd**2 / (s**2 + sd**2) * x_t + s * sd / (s**2 + sd**2).sqrt() * out
+    loss = ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0) ** 2).flatten(1).mean(1)
+    return (loss / u.exp() + u).mean()
+
+
+def info_nce(q, k, temperature=0.2):
+    """MoCo v3's loss of queries q against keys k, one pair at a time."""
+    total = 0
+    for i in range(len(q)):
+        cosines = [torch.dot(q[i] / q[i].norm(), k[j] / k[j].norm()) for j in range(len(k))]
+        weights = [(cosine / temperature).exp() for cosine in cosines]
+        total = total - (weights[i] / sum(weights)).log()
+    return 2 * temperature * total / len(q)
+
+
+def stored_noise(step, shape):
+    """All noise of a batch's shape that was drawn in a step: (draws, B, C, H, W)."""
+    return torch.cat([z.view(-1, *shape) for z in step["randn"] if z.shape[-3:] == shape[1:]])
+
+
+def recognise(script, x0, views, aug):
+    """Row and flip of each image x0 (B, C, H, W) in views (N, 2, C, H, W); aug (B, 9): how it was changed since.
+
+    The augmentation is read back from its label, so that image and label must belong together. A label leaves the sign
+    of the stretch open: both are tried.
+    """
+    found, flat = [], views.flatten(0, 1)
+    for i in range(len(x0)):
+        tries = [flat]
+        if aug is not None:
+            xflip, yflip, scale, cosine, sine, c, s, tx, ty = aug[i].tolist()
+            turn, w, r = math.atan2(sine, cosine + 1), math.hypot(c, s), math.atan2(s, c)
+            params = [[xflip, yflip, scale, turn, w, r, tx, ty], [xflip, yflip, scale, turn, -w, r + math.pi, tx, ty]]
+            tries = [script.augment(flat, torch.tensor([p] * len(flat))) for p in params]
+        errors = torch.stack([(t - x0[i]).abs().flatten(1).amax(1) for t in tries]).amin(0)
+        assert errors.min() < (2e-4 if views.shape[2] == 3 else 5e-3), (  # latents are rounded to float16
+            "what enters the network is no image of the data under its own label")
+        found.append(divmod(int(errors.argmin()), 2))
+    rows, flips = zip(*found, strict=True)
+    return torch.tensor(rows), torch.tensor(flips)
+
+
+def teacher_view(script, model, call, level, rows, drawn, views):
+    """Flips and noise (B, ...) of the teacher's view of the images `rows`, from what its network was given."""
+    level = torch.full((len(rows),), level)
+    a, b = (along(part, call["x"]) for part in path(model, level))
+    scale, time = network_input(script, model, level, torch.ones_like(call["x"], dtype=torch.float64))
+    assert torch.allclose(call["t"].double(), time, atol=1e-6), "the teacher's level is not t*"
+    for noise in drawn:
+        try:
+            x0 = ((call["x"].double() / scale - b * noise) / a).float()
+            seen, flips = recognise(script, x0, views, call.get("aug"))
+        except AssertionError:
+            continue
+        assert seen.equal(rows), "the teacher sees other images than the denoiser"
+        return flips, noise
+    raise AssertionError("the teacher's view is no image of the data plus noise that was drawn")
+
+
+def run(script, flags, patch, *more):
+    args = script.parse_args([*flags, *more])
+    script.main(settle(args, script, patch))
+    return args
+
+
+def watched(case, n, batch, tmp_path, patch, *more, light=False, flags=None):
+    """Two epochs on n images, from weights without zeros, EMA weights that are not the trained ones: what was seen."""
+    script, given, level, gamma = CASES[case]
+    latents, flags = case == "dit-latents", flags or given
+    views, labels = write_data(tmp_path / "data", n, latents)
+    flags = flags + [str(tmp_path / "data")] if latents else [*flags, "--data", str(tmp_path / "data")]
+    flags = [*flags, "--dataset", "tones", "--resolution", "64" if latents else "16", "--batch", str(batch), *more,
+             "--cl", str(gamma), "--cl-t", str(level), "--ema", str(EMA), "--save-every", "1", "--epochs", "2",
+             "--out", str(tmp_path / "run"), "--device", "cpu"]  # fmt: skip
+    with patch.context() as inner:
+        watch, out = Watch(script, inner, light), tmp_path / "run"
+        try:
+            run(script, flags, inner, "--max-steps", "0")
+            start, trained = load(out), {key for key in watch.named()}
+            assert all(start["model"][k].equal(v) for k, v in start["ema"].items())
+            assert all(start["head"][f"projector.{k}"].equal(v) for k, v in start["ema_projector"].items())
+            g = torch.Generator().manual_seed(1)
+            names = {"ema": "model", "ema_projector": "head"}
+            for part in ("model", "ema", "diffusion", "head", "ema_projector"):
+                prefix = "projector." if part == "ema_projector" else ""
+                for k, v in start[part].items():
+                    if (names.get(part, part), prefix + k) in trained:
+                        v += 0.03 * torch.empty_like(v).normal_(generator=g)
+            torch.save(start, out / "last.pt")
+            watch.reset()
+            args = run(script, flags, inner, "--resume")
+        finally:
+            for hook in watch.hooks:
+                hook.remove()
+    return args, watch, start, views, labels
+
+
+# ---- The tests
+@pytest.mark.parametrize("case", CASES)
+def test_run_equals_its_replay(case, tmp_path, monkeypatch):
+    """Four steps in two epochs of 17 images, each step of 2 x 4 images, with everything on."""
+    script, _, level, gamma = CASES[case]
+    args, watch, start, views, labels = watched(case, 17, BATCH, tmp_path, monkeypatch, "--accum", "2")
+    out, model = tmp_path / "run", args.model
+    net, head, diffusion = (deepcopy(watch.parts[part]) for part in ("model", "head", "diffusion"))
+    ema, teacher_projector = deepcopy(net).eval(), deepcopy(head.projector)
+    for part, module in {"model": net, "ema": ema, "diffusion": diffusion, "head": head,
+                         "ema_projector": teacher_projector}.items():  # fmt: skip
+        module.load_state_dict(start[part])
+    net.train()
+    assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == ({0.2} if script is train_unet else set())
+    own = {"model": net, "head": head, "diffusion": diffusion}
+    own = {(part, k): p for part in own for k, p in own[part].named_parameters() if p.requires_grad}
+    moments = {key: (torch.zeros(p.shape).double(), torch.zeros(p.shape).double()) for key, p in own.items()}
+    lines, order, averages = metrics(out), [], [tensors(ema)]
+    assert len(watch.steps) == len(lines) == 4 and [line["step"] for line in lines] == [1, 2, 3, 4]
+    clipped = set()
+    for n, (step, line) in enumerate(zip(watch.steps, lines, strict=True), start=1):
+        assert [len(step[kind]) for kind in ("student", "teacher", "loss")] == [2, 2, 2]
+        drawn = stored_noise(step, (BATCH, *net.shape))
+        drawn_level, sums = torch.cat(step["level"]), torch.zeros(3)
+        for micro, (call, seen, view) in enumerate(zip(step["student"], step["teacher"], step["loss"], strict=True)):
+            mine = slice(4 * micro, 4 * micro + 4)
+            # The denoiser's view: images, label of the augmentation, class or null class, level, noise.
+            x0, noise, y, aug = view["x0"], view["noise"], call.get("y"), call.get("aug")
+            rows, flipped = recognise(script, x0, views, aug)
+            order += rows.tolist()
+            assert view["level"].equal(drawn_level[mine]) and any(noise.equal(z[mine]) for z in drawn)
+            a, b = path(model, view["level"])
+            x_t = along(a, x0) * x0 + along(b, x0) * noise
+            want, time = network_input(script, model, view["level"], x_t)
+            assert torch.allclose(call["x"].double(), want, atol=1e-5)
+            assert torch.allclose(call["t"].double(), time, atol=1e-6, rtol=1e-6)
+            assert (y is None) == (net.classes == 0) and (aug is None) == (script is train_dit)
+            if y is not None:
+                assert ((y == labels[rows]) | (y == CLASSES)).all()
+            # The teacher's: the same images, draws of its own, t*, no class, eval mode, EMA weights.
+            flips, other = teacher_view(script, model, seen, level, rows, drawn[:, mine], views)
+            assert not other.equal(noise) and (seen.get("y") is None or (seen["y"] == CLASSES).all())
+            assert (flips != flipped).all() if aug is None else (aug != seen["aug"]).any(1).all()
+            assert call["training"] == {True} and seen["training"] == {False}
+            assert all(torch.allclose(seen["weights"][k], v, rtol=0, atol=1e-6) for k, v in ema.state_dict().items())
+            with torch.no_grad():
+                key = teacher_projector(*ema(seen["x"], seen["t"], aug=seen.get("aug"), feat="only"))
+            # Losses; dropout repeats what it drew.
+            torch.set_rng_state(call["rng"])
+            result, (feat, e_t) = net(call["x"], call["t"], y, aug, feat="too")
+            u = diffusion.uncertainty(call["t"][:, None])[:, 0] if model == "edm" else None
+            loss = diffusion_loss(script, model, result, x_t.float(), x0, view["level"], noise, u)
+            contrast = info_nce(head(feat, e_t), key)
+            ((loss + gamma * contrast) / 2).backward()
+            sums += torch.stack([loss, contrast, loss + gamma * contrast]).detach() / 2
+        for name, value in zip(("loss_diffusion", "loss_contrast", "loss"), sums.tolist(), strict=True):
+            exact = 2e-6 if name == "loss_diffusion" else 3e-5  # BatchNorm over 4 rows enlarges float32's rounding
+            assert line[name] == pytest.approx(value, rel=exact, abs=exact / 2), (n, name)
+        # Gradients, clipped at norm 1; warm-up of lr over 3 steps; the optimiser's update.
+        norm = torch.stack([p.grad.norm() for p in own.values()]).norm()
+        clipped.add(bool(norm > 1))
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=3e-5)
+        lr = args.lr * min(1, n / 3)
+        assert line["lr"] == pytest.approx(lr, rel=1e-6)
+        for key, p in own.items():
+            grad, (m, v) = step["grad"][key].double(), moments[key]
+            assert torch.allclose(grad.float(), p.grad * min(1, 1 / norm), rtol=1e-4, atol=1e-5), (n, key)
+            beta1, beta2 = {train_unet: (0.9, 0.999), train_uvit: (0.99, 0.999), train_dit: (0.9, 0.95)}[script]
+            m.mul_(beta1).add_((1 - beta1) * grad)
+            v.mul_(beta2).add_((1 - beta2) * grad**2)
+            decays = script is train_uvit and not key[1].endswith(("bias", "pos_embed"))  # [CLS] does
+            want = p.detach().double() * (1 - lr * 0.03 * decays)
+            want -= lr * (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + 1e-8)
+            assert torch.allclose(step["params"][key].double(), want, rtol=0, atol=1e-6), (n, key)
+            p.detach().copy_(step["params"][key])
+            p.grad = None
+        # The averages of the network and of the projector, by a decay that warms up.
+        decay = min(EMA, (1 + n) / (10 + n))
+        for average, module in ((ema, net), (teacher_projector, head.projector)):
+            for p, q in zip(average.parameters(), module.parameters(), strict=True):
+                p.detach().copy_(decay * p.detach() + (1 - decay) * q.detach())
+        averages.append(tensors(ema))
+    assert (case != "uvit-gap") in clipped, "one case has gradients shorter than 1, the others have longer ones"
+    for epoch in (order[:16], order[16:]):
+        assert len(set(epoch)) == 16 and epoch != sorted(epoch)
+    assert order[:16] != order[16:]
+
+    def same(state, want):
+        assert state.keys() == want.keys()
+        assert all(torch.allclose(state[k], v, rtol=0, atol=1e-6) for k, v in want.items())
+
+    last = load(out)
+    for part, module in {"model": net, "ema": ema, "head": head, "ema_projector": teacher_projector,
+                         "diffusion": diffusion}.items():  # fmt: skip
+        same(last[part], module.state_dict())
+    assert (last["step"], last["epoch"]) == (4, 2)
+    stored = sorted(s["exp_avg"].norm().item() for s in last["optimizer"]["state"].values())
+    assert stored == pytest.approx(sorted(m.norm().item() for m, _ in moments.values()), rel=1e-4, abs=1e-7)
+    for epoch in (1, 2):
+        state = load(out, f"epoch_{epoch:04d}.pt")
+        same(state["ema"], averages[2 * epoch])
+        assert (state["step"], state["epoch"]) == (2 * epoch, epoch) and state["args"] == last["args"] == vars(args)
+    if args.sample_every:
+        check_grids(script, watch.grids, averages, ema, deepcopy(watch.parts["diffusion"]), out)
+
+
+def check_grids(script, grids, averages, net, diffusion, out):
+    """The grids of both epochs: EMA weights in eval mode, from the same noise, laid out row by row."""
+    assert [grid["after"] for grid in grids] == [2, 4] and grids[0]["noise"].equal(grids[1]["noise"])
+    assert kstest(grids[0]["noise"].flatten().numpy(), "norm").pvalue > 1e-4
+    for epoch, grid in enumerate(grids, start=1):
+        for call in grid["calls"]:
+            assert call["training"] == {False} and call.get("aug") is None
+            assert all(torch.allclose(call["weights"][k], v, atol=1e-6) for k, v in averages[2 * epoch].items())
+        net.load_state_dict(averages[2 * epoch])
+        y = torch.arange(16) % CLASSES if net.classes else None
+        with torch.no_grad():
+            x0 = type(diffusion).sample(diffusion, net, grid["noise"], steps=2, y=y)
+        image = torch.from_numpy(np.array(Image.open(out / f"samples_{epoch:04d}.png"))).permute(2, 0, 1).int()
+        assert image.shape == (3, 74, 74)  # 4 x 4 of 16 pixels, 2 between them
+        for k in range(16):
+            top, left = 2 + 18 * (k // 4), 2 + 18 * (k % 4)
+            want = ((x0[k].clamp(-1, 1) + 1) * 127.5).round().int()
+            assert (image[:, top : top + 16, left : left + 16] - want).abs().max() <= 1
+
+
+LEVELS = {  # paper.md, section 2
+    "unet-ddpm": lambda t: (t * 1000, "uniform", (0.5, 1000)),
+    "unet-edm": lambda t: (t * 4, "norm", (-1.2, 1.2)),
+    "unet-rf": lambda t: (t, "uniform", (0, 1)),
+    "uvit": lambda t: (t / 0.999, "uniform", (0.5, 1000)),
+    "dit": lambda t: (torch.logit(t), "norm", (0, 1)),
+}
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
+    """Two epochs of 300 images in steps of 100, the network left out: order, flips, labels, levels, noise."""
+    script, flags, level, _ = CASES[case]
+    plain = {train_unet: [*flags[:2], *flags[-2:]], train_uvit: ["--size", "tiny", "--cond"],
+             train_dit: ["--size", "tiny", "--cond"]}[script]  # fmt: skip
+    plain += ["--aug", "0"] if script is not train_dit else []
+    args, watch, _, views, labels = watched(case, 300, 100, tmp_path, monkeypatch, light=True, flags=plain)
+    assert len(watch.steps) == 6
+    rows, flips, times, noises, dropped = [], [], [], [], 0
+    for step in watch.steps:
+        view, call, seen = step["loss"][0], step["student"][0], step["teacher"][0]
+        drawn = stored_noise(step, view["noise"].shape)
+        row, flip = recognise(script, view["x0"], views, None)
+        other_flip, other = teacher_view(script, args.model, seen, level, row, drawn, views)
+        rows.append(row)
+        flips.append(torch.stack([flip, other_flip]))
+        times.append(call["t"].double())
+        noises += [view["noise"], other]
+        if call.get("y") is not None:
+            assert ((call["y"] == labels[row]) | (call["y"] == CLASSES)).all()
+            dropped += (call["y"] == CLASSES).double().mean().item() / 6
+    # An epoch is a permutation of all rows, in another order than the next one, and not a sorted one turned round.
+    epochs = torch.cat(rows).view(2, 300)
+    assert all(sorted(epoch.tolist()) == list(range(300)) for epoch in epochs)
+    ranked = torch.stack([*epochs, torch.arange(300)]).double()
+    assert torch.corrcoef(ranked).fill_diagonal_(0).abs().max() < 0.25
+    # Half of the images are flipped, by the teacher's own draw; the two flips of a latent are its two views.
+    flips = torch.cat(flips, dim=1)
+    assert 0.4 < flips[0].double().mean() < 0.6
+    agree = (flips[0] == flips[1]).double().mean()
+    assert agree == 0 if script is train_dit else 0.4 < agree < 0.6
+    assert 0.4 < (flips[0, :-100] == flips[0, 100:]).double().mean() < 0.6  # drawn anew in every step
+    assert dropped == 0 if script is train_unet else 0.05 < dropped < 0.16
+    values, kind, parameters = LEVELS[case](torch.cat(times))
+    assert kstest(values.numpy(), kind, parameters).pvalue > 1e-3
+    if args.model == "ddpm":
+        drawn = watch.parts["diffusion"].draw_level(50_000, torch.Generator())
+        assert (drawn.min(), drawn.max()) == (1, 1000)
+    noise = torch.stack(noises).view(12 * 100, -1)
+    assert kstest(noise.flatten()[::7].numpy(), "norm").pvalue > 1e-3
+    assert (noise @ noise.T / noise.shape[1]).fill_diagonal_(0).abs().max() < 0.3  # all of them independent
