@@ -1,18 +1,17 @@
 """Train a U-ViT that generates and represents: DDAE++ with a [CLS] token, in one file.
 
-[P]    DDAE++, arXiv:2505.10999            self-conditioning, non-leaky augmentation, contrastive self-distillation
-[UViT] Bao et al. 2022, arXiv:2209.12152   [RF] Liu et al. 2022, arXiv:2209.03003
-[DDPM] Ho et al. 2020, arXiv:2006.11239    [DDIM] Song et al. 2020, arXiv:2010.02502
-[EDM]  Karras et al. 2022, arXiv:2206.00364   [EDM2] Karras et al. 2023, arXiv:2312.02696
+[P]    DDAE++, arXiv:2505.10999v1, which builds upon [DDAE] Xiang et al. 2023, arXiv:2303.09769
+[UViT] Bao et al. 2022, arXiv:2209.12152      [EDM] Karras et al. 2022, arXiv:2206.00364
+[DDPM] Ho et al. 2020, arXiv:2006.11239       [DDIM] Song et al. 2020, arXiv:2010.02502
 [MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
 
-    torchrun --nproc_per_node=4 train_uvit.py --dataset cifar100 --cls-token --cl 0.01       # [P]'s best representation
-    python train_uvit.py --dataset shapes --size tiny --cls-token                            # on a laptop
+    torchrun --nproc_per_node=4 train_uvit.py --dataset cifar100 --cls-token --cl 0.01  # [P]'s best representation
+    python train_uvit.py --dataset shapes --size tiny --cls-token  # on a laptop
 
-Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper and what we measured.
+Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper.
 
-x0 clean image   x_t noisy image   eps unit noise   level: step t, noise std sigma or time t, (B,)   v velocity
-e_t time embedding, here a token   feat feature of --layer: [CLS] or the mean of the image tokens   q, k contrastive
+x0 clean image   x_t noisy image   eps unit noise   level: step t, (B,)   q, k contrastive query and key
+e_t time embedding, here a token   feat feature of --layer: [CLS] or the mean of the image tokens
 B batch   C, H, W image   N tokens, L of them of the image   D width   net is trained; ema is its average
 """
 
@@ -25,11 +24,10 @@ import hashlib
 import json
 import math
 import os
-import pickle
+import re
 import signal
 import sys
 import time
-import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -39,49 +37,40 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
-from scipy.integrate import solve_ivp
+from PIL import Image, ImageDraw
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-RECIPES = {"ddpm": {"ema": 0.9999, "warmup": 13}, "edm": {"ema": 0.9993, "warmup": 200},  # [P] Tab. 8
-           "rf": {"ema": 0.9999, "warmup": 13}}
-SIZES = {  # S: [P] Tab. 8; M: [UViT]. UNSPECIFIED: tiny is ours, for a CPU
+SIZES = {  # S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours, for a CPU
     "tiny": {"width": 64, "depth": 5, "heads": 4},
     "S": {"width": 512, "depth": 13, "heads": 8},
     "M": {"width": 768, "depth": 17, "heads": 12},
 }
-LAYERS = ("out_2", "out_1")  # [P] Tab. 10: most semantic block on CIFAR, at 64 pixels
-LEVELS = {  # [P] Tab. 10: the noise level at which it is read, likewise. UNSPECIFIED: EDM, RF, as noisy as DDPM's
-    "ddpm": (11, 66), "edm": (0.06, 0.2964), "rf": (0.06, 0.23),
-}
-RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
+# [P] Tab. 11, EMA Tab. 8; head: [MoCo]'s for ViTs
+PAPER = {"epochs": 2000, "batch": 256, "lr": 4e-4, "warmup": 13, "ema": 0.9999, "cooldown": 0.0, "cl_hidden": 4096}
+TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512}  # ours, measured
 CLASSES = {"shapes": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
+RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
 ADDED = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the network: public weights lack it
-FREE = {  # flags that may change when a run is resumed
-    "data", "device", "compile", "resume", "epochs", "max_steps", "save_every", "sample_every", "log_every",
-    "data_device", "out", "bench", "init", "amp", "warmup",
-}
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-SHAPES = ("bar", "crescent", "cross", "disc", "ell", "frame", "plus", "ring", "square", "triangle")
+FREE = "data out epochs accum save_every max_steps device compile resume init".split()  # --resume may change these
+LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl; seconds between saves
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
+SHAPES = [f"{kind} {name}" for kind in ("solid", "hollow") for name in POLYGONS]
 SYM6 = (  # low-pass taps of the 12-tap symlet [EDM] App. F.2; they sum to sqrt(2)
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 )
-PEAK_TFLOPS = {  # dense bf16 tensor-core rate by vendor data sheet, for --bench
-    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71, "RTX 3080 Ti": 68,
-}
 
 
 # ---- 2. Backbone ------------------------------------------------------------------------------------
 def time_sinusoid(t, width):
-    """(B,) -> (B, width) float32, cosines first; t is not scaled here. This is the time token: no learned layer."""
+    """(B,) -> (B, width) float32, cosines first; The time token: no learned layer."""
     half = width // 2
     freqs = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * freqs  # (B, width / 2)
@@ -89,7 +78,7 @@ def time_sinusoid(t, width):
 
 
 class UViTAttention(nn.Module):
-    """Multi-head self-attention. With `masked` the first two tokens do not see each other; all else sees all."""
+    """Multi-head self-attention. With `masked` the first two tokens do not see each other."""
 
     def __init__(self, width, heads, masked):
         super().__init__()
@@ -101,8 +90,7 @@ class UViTAttention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
         if self.masked:  # a mask takes the flash kernel away: only the two rows that need one pay for it
-            mask = torch.ones(2, N, dtype=torch.bool, device=x.device)
-            mask[:, :2] = torch.eye(2, device=x.device)
+            mask = torch.eye(2, N, dtype=torch.bool, device=x.device) | (torch.arange(N, device=x.device) > 1)
             pair = F.scaled_dot_product_attention(q[:, :, :2], k, v, attn_mask=mask)
             rest = F.scaled_dot_product_attention(q[:, :, 2:], k, v)
             h = torch.cat([pair, rest], dim=2)
@@ -112,7 +100,7 @@ class UViTAttention(nn.Module):
 
 
 class UViTBlock(nn.Module):
-    """x + attention(norm x), then x + MLP(norm x). With a long skip, [x, skip] is mapped to the width before. [UViT]"""
+    """x + attention(norm x), then x + MLP(norm x); a long skip is concatenated and mapped before. [UViT]"""
 
     def __init__(self, width, heads, masked, skip):
         super().__init__()
@@ -134,20 +122,14 @@ class UViT(nn.Module):
     """U-ViT: label, time and image patches as tokens, long skips, a convolution on the image at the end. [UViT], [P]
 
     Args:
-        resolution: image side. patch: side of a patch.
-        width, depth, heads: depth counts all blocks: half in, one in the middle, half out.
-        classes: 0 for unconditional, else their number; y = classes is the null class.
-        null_class: whether the null class has a row of its own; if not, the mean of all rows stands for it.
-        aug_dim: length of the augmentation label, 0 for none.
-        layer: block "in_1".., "mid", "out_1".. of the feature.
-        cls_token: add [CLS], the paper's self-conditioning of token networks.
-        target: what the feature is: "cls" or "gap", the mean of the image tokens.
-    Raises:
-        ValueError: for a layer, patch, or target that this network cannot have.
+        resolution, patch: sides of the image and of a patch. depth: blocks: half in, one in the middle, half out.
+        classes: 0 for unconditional. null_class: the class y = classes has a row of its own, not the mean of all rows.
+        aug_dim: length of the augmentation label, 0 for none. cls_token: add [CLS]. mask: [CLS] and that label apart.
+        layer: block "in_1".., "mid", "out_1".. of the feature. target: "cls" or "gap", the mean of the image tokens.
     """
 
     def __init__(self, resolution, patch, width, depth, heads, classes=0, null_class=True, aug_dim=0, layer="out_1",
-                 cls_token=False, target="gap"):
+                 cls_token=False, target="gap", mask=True):
         super().__init__()
         if resolution % patch:
             raise ValueError(f"patches of {patch} do not divide {resolution} pixels")
@@ -165,11 +147,9 @@ class UViT(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
         self.label_emb = nn.Embedding(classes + null_class, width) if classes else None
         self.aug_emb = nn.Linear(aug_dim, width) if aug_dim else None  # the bias is its position embedding
-        self.cls_token, self.cls_pos_embed = None, None
-        if cls_token:  # [P]: self-conditioning by one more token, which gathers and redistributes
-            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-            self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, width))
-        masked = cls_token and aug_dim > 0  # [P]: [CLS] and the augmentation token are masked from each other
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None  # [P]: see section 3
+        self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None
+        masked = mask and cls_token and aug_dim > 0  # [P]: [CLS] and the augmentation token are masked from each other
         self.in_blocks = nn.ModuleList(UViTBlock(width, heads, masked, skip=False) for _ in range(half))
         self.mid_block = UViTBlock(width, heads, masked, skip=False)
         self.out_blocks = nn.ModuleList(UViTBlock(width, heads, masked, skip=True) for _ in range(half))
@@ -197,50 +177,47 @@ class UViT(nn.Module):
             null = table[-1] if len(table) > self.classes else table.mean(0)
             label = null.expand(len(x), -1) if y is None else self.label_emb(y)
             tokens = [label[:, None], *tokens]
-        h = torch.cat(tokens, dim=1) + self.pos_embed
+        tokens = [torch.cat(tokens, dim=1) + self.pos_embed]
         if self.aug_emb is not None:
             aug = x.new_zeros(len(x), self.aug_emb.in_features) if aug is None else aug
-            h = torch.cat([self.aug_emb(aug)[:, None], h], dim=1)
+            tokens = [self.aug_emb(aug)[:, None], *tokens]
         if self.cls_token is not None:
-            h = torch.cat([(self.cls_token + self.cls_pos_embed).expand(len(x), -1, -1), h], dim=1)
-        return h
+            tokens = [(self.cls_token + self.cls_pos_embed).expand(len(x), -1, -1), *tokens]
+        return torch.cat(tokens, dim=1)
 
-    def forward(self, x, t, y=None, aug=None, feat=None, tap=None):
-        """One raw evaluation.
-
-        Args:
-            x: (B, 3, H, W), scaled as the formulation wants it. t: (B,), the formulation's network time.
-            y: class labels (B,), None is the null class everywhere; must be None for unconditional networks.
-            aug: label (B, 9), None equals zeros.
-            feat: None, "too" or "only" (stop at the feature layer: the teacher's pass).
-            tap: called as tap(name, h) with all tokens (B, N, D) after every block; the last L are the image's.
-        Returns:
-            the prediction (B, 3, H, W); with "too" also (feat, e_t), with "only" just (feat, e_t):
-            feature (B, D) in float32 and time embedding (B, D).
-        Raises:
-            ValueError: if x is not (B, *self.shape), or y is given to an unconditional network.
-        """
+    def run(self, x, t, y, aug, encode=False, maps=None):
+        """Input blocks, middle, output blocks: (prediction, feat, e_t). encode: stop at --layer. maps: all outputs."""
         if x.shape[1:] != self.shape or (y is not None and not self.classes):
-            raise ValueError(f"x must be (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}; y must be None "
-                             "in an unconditional network")
+            raise ValueError(f"x must be (B, *{self.shape}), not {tuple(x.shape)}; y None if unconditional")
         e_t = time_sinusoid(t, self.emb_dim)  # (B, D)
-        h = self.tokens(x, e_t, y, aug)
-        skips = []
+        h, skips = self.tokens(x, e_t, y, aug), []
         for name, block in zip(self.layers, [*self.in_blocks, self.mid_block, *self.out_blocks], strict=True):
             h = block(h, skips.pop() if name.startswith("out") else None)
             if name.startswith("in"):
                 skips.append(h)
-            if tap is not None:
-                tap(name, h)
+            if maps is not None:
+                maps[name] = h
             if name == self.layer:
-                feature = self.pool(h, self.target)
-                if feat == "only":
-                    return feature, e_t
+                feat = self.pool(h, self.target)
+                if encode:
+                    return None, feat, e_t
         h = self.decoder_pred(self.norm(h[:, -self.length :]))  # (B, L, 3 patch^2), channel fastest
         side, p = self.shape[1] // self.patch, self.patch
         h = h.view(-1, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.shape)  # (B, 3, H, W)
-        out = self.final_layer(h)
-        return (out, (feature, e_t)) if feat == "too" else out
+        return self.final_layer(h), feat, e_t
+
+    def forward(self, x, t, y=None, aug=None, with_feat=False):
+        """One raw evaluation: the prediction (B, 3, H, W); with_feat (prediction, feat, e_t), see encode.
+
+        x: (B, 3, H, W), scaled as the formulation wants it. t: (B,), the formulation's network time.
+        y: class labels (B,), None is the null class everywhere, or no class at all. aug: (B, 9), None equals zeros.
+        """
+        out, feat, e_t = self.run(x, t, y, aug)
+        return (out, feat, e_t) if with_feat else out
+
+    def encode(self, x, t, y=None, aug=None):
+        """Up to --layer alone: feature (B, D) float32, time embedding e_t (B, D)."""
+        return self.run(x, t, y, aug, encode=True)[1:]
 
     def pool(self, h, kind):
         """Tokens (B, N, D) -> (B, D) float32: "gap", mean of the image tokens; "token", a random one; or "cls"."""
@@ -252,18 +229,12 @@ class UViT(nn.Module):
         return image[torch.arange(len(h), device=h.device), torch.randint(self.length, (len(h),), device=h.device)]
 
     def features(self, x, t, y=None, pool="gap"):
-        """Pooled outputs of all blocks, {name: (B, D) float32} in depth order, from one forward pass.
-
-        Args:
-            x, t, y: as in forward. pool: "gap" (mean of the image tokens), "token" (a random one) or "cls".
-        Raises:
-            ValueError: for pool="cls" without a [CLS] token, and for any other name.
-        """
+        """Outputs of all blocks, pooled by "gap", "token" or "cls": {name: (B, D) float32} in depth order."""
         if pool not in ("gap", "token", "cls") or (pool == "cls" and self.cls_token is None):
             raise ValueError(f"--pool {pool} needs a network trained with --cls-token; there are gap, token and cls")
-        out = {}
-        self.forward(x, t, y, tap=lambda name, h: out.update({name: self.pool(h, pool)}))
-        return out
+        maps = {}
+        self.run(x, t, y, None, maps=maps)
+        return {name: self.pool(h, pool) for name, h in maps.items()}
 
 
 # ---- 3. Self-conditioning: the [CLS] token ----------------------------------------------------------
@@ -273,24 +244,22 @@ class UViT(nn.Module):
 
 # ---- 4. Diffusion formulation -----------------------------------------------------------------------
 def per_image(level, x):
-    """A number or (B,) noise level -> (B, 1, 1, 1) on x's device, to multiply images x (B, C, H, W) with."""
-    level = torch.as_tensor(level, device=x.device)
-    level = level.expand(len(x)) if level.ndim == 0 else level
+    """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
+    if not isinstance(level, torch.Tensor):
+        level = torch.full((len(x),), level, device=x.device)
     if level.shape != x.shape[:1]:
-        raise ValueError(f"the noise level must be a number or have shape ({len(x)},), got {tuple(level.shape)}")
+        raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
 
 
 class Formulation(nn.Module):
-    """What DDPM, EDM and RF share: levels in the paper's own unit, and reading features at one."""
+    """What formulations share: levels in the paper's own unit, and reading features at one."""
 
     def check_level(self, level):
         """Raise ValueError if a noise level given by the user is outside of self.range."""
         low, high = self.range
-        if not low <= level <= high:
-            raise ValueError(f"noise level {level:g} is out of range: {type(self).__name__} has {low:g} to {high:g}")
-        if isinstance(low, int) and level != int(level):
-            raise ValueError(f"noise level {level:g}: {type(self).__name__} has whole steps {low} to {high}")
+        if not low <= level <= high or isinstance(low, int) and level % 1:
+            raise ValueError(f"noise level {level:g}: {type(self).__name__} takes {self.unit} from {low} to {high}")
 
     def features(self, net, x0, level, noise, y=None, pool="gap"):
         """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P]"""
@@ -300,15 +269,14 @@ class Formulation(nn.Module):
 class DDPM(Formulation):
     """Discrete steps t = 0 (clean) .. 1000, noise prediction. [DDPM] Sec. 2, [P] Tab. 8."""
 
-    symbol, range = "t", (0, 1000)
-    levels = (1, 11, 33, 66, 130, 260)  # what probe.py --grid visits
+    range, unit = (0, 1000), "whole steps"
 
     def __init__(self, time_scale=1e-3):
         super().__init__()
         self.time_scale = time_scale  # network time per step
         betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)  # (1001,), a_t^2
-        # DEVIATION: the reference code's DDIM samples with this slightly different table, so its published FIDs do
+        # DEVIATION: [P]'s ancestors sample with this slightly different table, which has no clean step 0.
         ddim = (1 - torch.linspace(1e-4, 0.02, 1001)).log().cumsum(0).exp()
         self.register_buffer("alphabar_ddim", ddim, persistent=False)
 
@@ -322,16 +290,16 @@ class DDPM(Formulation):
         return alphabar.sqrt() * x0 + (1 - alphabar).sqrt() * noise
 
     def inputs(self, x0, level, noise):
-        """Noise x0 and scale it for the network: (B, C, H, W), (B,)."""
+        """What the network sees: x_t (B, C, H, W) and its time (B,)."""
         return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float() * self.time_scale
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error on the noise. Returns the scalar loss and the network's (feat, e_t)."""
-        eps_hat, feat = net(*self.inputs(x0, level, noise), y, aug, feat="too")
+        """Mean squared error on the noise. Returns the scalar loss, and (feat, e_t) of net.encode."""
+        eps_hat, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
         return F.mse_loss(eps_hat.float(), noise), feat
 
     def sample(self, net, noise, steps=100, y=None):
-        """DDIM with eta 0; every estimate of x0 is clipped to [-1, 1]. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
+        """DDIM with eta 0; x0 is clipped to [-1, 1] as [DDAE] does. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
         x, times = noise, list(range(1, 1001, 1000 // min(steps, 1000)))[::-1] + [0]
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             a, a_next = self.alphabar_ddim[t], self.alphabar_ddim[t_next]
@@ -342,320 +310,100 @@ class DDPM(Formulation):
         return x
 
 
-class EDM(Formulation):
-    """Noise std sigma, preconditioned denoiser D(x; sigma). [EDM] Tab. 1; uncertainty weighting [EDM2] Eq. 15."""
-
-    symbol, range, sigma_data = "s", (0.002, 80.0), 0.5
-    levels = (0.0075, 0.023, 0.06, 0.14, 0.2964, 0.585)
-
-    def __init__(self, uncertainty=False):
-        super().__init__()
-        self.uncertainty = None  # u(sigma), training only
-        if uncertainty:
-            self.uncertainty = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 1))
-            nn.init.zeros_(self.uncertainty[2].weight)
-            nn.init.zeros_(self.uncertainty[2].bias)
-
-    def draw_level(self, n, generator):
-        """Training noise, (n,): ln sigma ~ N(-1.2, 1.2^2)."""
-        return (1.2 * torch.randn(n, generator=generator, device=generator.device) - 1.2).exp()
-
-    def add_noise(self, x0, level, noise):
-        """x = x0 + sigma eps; x0, noise (B, C, H, W)."""
-        return x0 + per_image(level, x0) * noise
-
-    def precondition(self, x, sigma):
-        """Network input c_in x (B, C, H, W) and time c_noise = ln(sigma) / 4 (B,)."""
-        s = per_image(sigma, x).float()
-        return x / (s**2 + self.sigma_data**2).sqrt(), s.flatten().log() / 4
-
-    def inputs(self, x0, level, noise):
-        """Noise x0 and scale it for the network: (B, C, H, W), (B,)."""
-        return self.precondition(self.add_noise(x0, level, noise), level)
-
-    def combine(self, x, sigma, out):
-        """D(x; sigma) = c_skip x + c_out F, in float32."""
-        s, sd = per_image(sigma, x).float(), self.sigma_data
-        return (sd**2 * x + s * sd * (s**2 + sd**2).sqrt() * out.float()) / (s**2 + sd**2)
-
-    def denoise(self, net, x, sigma, y=None, aug=None):
-        """x0_hat (B, C, H, W) from x at noise std sigma, not clipped."""
-        return self.combine(x, sigma, net(*self.precondition(x, sigma), y, aug))
-
-    def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Weighted squared error, mean over everything. Returns the scalar loss and the network's (feat, e_t)."""
-        x = self.add_noise(x0, level, noise)
-        x_in, c_noise = self.precondition(x, level)
-        out, feat = net(x_in, c_noise, y, aug, feat="too")
-        s, sd = per_image(level, x0), self.sigma_data
-        weight = (s**2 + sd**2) / (s * sd) ** 2
-        loss = (weight * (self.combine(x, level, out) - x0) ** 2).mean(dim=(1, 2, 3))  # (B,)
-        if self.uncertainty is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                u = self.uncertainty(c_noise[:, None])[:, 0]  # (B,)
-            loss = loss / u.exp() + u
-        return loss.mean(), feat
-
-    def schedule(self, steps):
-        """Noise levels of the sampler, (steps + 1,) float64, 80 down to 0.002 with rho 7, then 0. [EDM] Eq. 5"""
-        low, high = self.range[0] ** (1 / 7), self.range[1] ** (1 / 7)
-        sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** 7
-        return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-
-    def sample(self, net, noise, steps=18, y=None):
-        """Heun's method, deterministic, D clipped to [-1, 1], float64 state. [EDM] Alg. 1. noise -> x0 (B, C, H, W)."""
-        sigmas = self.schedule(steps).tolist()
-        x = noise.double() * sigmas[0]
-
-        def slope(x, sigma):
-            x0_hat = self.denoise(net, x.float(), sigma, y).double().clamp(-1, 1)
-            return (x - x0_hat) / sigma
-
-        for s, s_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-            d = slope(x, s)
-            x_next = x + (s_next - s) * d
-            if s_next > 0:
-                x_next = x + (s_next - s) * (d + slope(x_next, s_next)) / 2
-            x = x_next
-        return x.float()
-
-
-class RF(Formulation):
-    """Rectified flow, time t from 0 (data) to 1 (noise), velocity prediction. [RF] Eq. 1, [P]."""
-
-    symbol, range = "t", (0.0, 1.0)
-    levels = (0.01, 0.03, 0.06, 0.12, 0.25, 0.4)
-
-    def draw_level(self, n, generator):
-        """Training times, (n,), uniform in [0, 1)."""
-        return torch.rand(n, generator=generator, device=generator.device)
-
-    def add_noise(self, x0, level, noise):
-        """x_t = (1 - t) x0 + t eps; x0, noise (B, C, H, W)."""
-        t = per_image(level, x0)
-        return (1 - t) * x0 + t * noise
-
-    def inputs(self, x0, level, noise):
-        """Noise x0 for the network: (B, C, H, W), (B,)."""
-        return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float()
-
-    def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error on v = eps - x0. Returns the scalar loss and the network's (feat, e_t)."""
-        v_hat, feat = net(*self.inputs(x0, level, noise), y, aug, feat="too")
-        return F.mse_loss(v_hat.float(), noise - x0), feat
-
-    def sample(self, net, noise, steps=None, y=None):
-        """Integrate dx/dt = v from t = 1 to 0: adaptive RK45 at tolerance 1e-5, or Euler when `steps` is given.
-
-        RK45's error norm runs over the whole batch, so its result depends a little on what is solved together.
-        noise (B, C, H, W) -> x0 (B, C, H, W), not clipped.
-        """
-
-        def velocity(t, x):
-            return net(x, torch.full((len(x),), t, device=x.device), y).float()
-
-        if steps is not None:
-            x = noise
-            for i in range(steps):
-                x = x - velocity(1 - i / steps, x) / steps
-            return x
-
-        def slope(t, state):  # scipy's state is flat float64 on the host
-            x = torch.from_numpy(state).to(noise.device, torch.float32).view_as(noise)
-            v = velocity(t, x).double().flatten().cpu().numpy()
-            if not np.isfinite(v).all():  # RK45 would look for a step size for ever
-                raise FloatingPointError
-            return v
-
-        start = noise.double().flatten().cpu().numpy()
-        try:
-            solution = solve_ivp(slope, (1.0, 0.0), start, method="RK45", rtol=1e-5, atol=1e-5, t_eval=[0.0])
-        except FloatingPointError:
-            return torch.full_like(noise, math.nan)
-        return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
-
-
 # ---- 5. Data, augmentation --------------------------------------------------------------------------
-def draw_shapes(n, seed):
-    """Ten classes of shapes on 16x16 pixels with random place, size, slight rotation and colours.
-
-    Returns:
-        images uint8 (n, 3, 16, 16) and labels int64 (n,) in 0..9, class names SHAPES; equal for equal arguments.
-    """
-    rng = np.random.RandomState(seed)  # its stream is frozen, so everybody gets the same set
-    labels = rng.permutation(n) % len(SHAPES)
-    angle, radius = rng.uniform(-0.25, 0.25, n), rng.uniform(4.5, 7, n)
-    x, y = (8 + rng.uniform(-1, 1, n) * (8.5 - radius) for _ in range(2))  # centres; a few shapes leave the frame
-    back = rng.uniform(0, 0.5, (n, 3, 1, 1))
-    front = back + rng.uniform(0.25, 0.5, (n, 3, 1, 1))
-    dark = rng.uniform(0, 1, n) < 0.4  # these are dark on bright
-    back[dark], front[dark] = front[dark], back[dark]
-    inside = {  # in the shape's own coordinates u, v in units of its radius; p, q are u, v turned by 45 degrees
-        "bar": lambda u, v, p, q: (abs(u) < 1) & (abs(v) < 0.35),
-        "crescent": lambda u, v, p, q: (np.hypot(u, v) < 1) & (np.hypot(u - 0.45, v) > 0.75),
-        "cross": lambda u, v, p, q: (np.minimum(abs(p), abs(q)) < 0.27) & (np.maximum(abs(p), abs(q)) < 1),
-        "disc": lambda u, v, p, q: np.hypot(u, v) < 0.9,
-        "ell": lambda u, v, p, q: (np.maximum(abs(u), abs(v)) < 0.85) & ((u < -0.3) | (v > 0.3)),
-        "frame": lambda u, v, p, q: abs(np.maximum(abs(u), abs(v)) - 0.65) < 0.2,
-        "plus": lambda u, v, p, q: (np.minimum(abs(u), abs(v)) < 0.27) & (np.maximum(abs(u), abs(v)) < 1),
-        "ring": lambda u, v, p, q: abs(np.hypot(u, v) - 0.775) < 0.225,
-        "square": lambda u, v, p, q: np.maximum(abs(u), abs(v)) < 0.8,
-        "triangle": lambda u, v, p, q: (v < 0.75) & (v > 2 * abs(u) - 1),
-    }
-    images = np.empty((n, 3, 16, 16), np.uint8)
-    grid = (np.arange(48) + 0.5) / 3  # 3 x 3 samples a pixel
-    for k, name in enumerate(SHAPES):
-        i = np.flatnonzero(labels == k)
-        dx, dy = grid[None, None] - x[i, None, None], grid[None, :, None] - y[i, None, None]
-        cos, sin, scale = (a[:, None, None] for a in (np.cos(angle[i]), np.sin(angle[i]), radius[i]))
-        u, v = (cos * dx + sin * dy) / scale, (cos * dy - sin * dx) / scale  # (n_k, 48, 48)
-        mask = inside[name](u, v, (u + v) / 2**0.5, (u - v) / 2**0.5)
-        cover = mask.reshape(-1, 16, 3, 16, 3).mean((2, 4))[:, None]  # (n_k, 1, 16, 16), share of a pixel
-        images[i] = np.round(255 * (back[i] + (front[i] - back[i]) * cover))
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+def draw_shapes(n, seed, side):
+    """SHAPES of random place, size, slight rotation and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
+    rng = np.random.RandomState(seed)  # a frozen stream: the same set for everybody
+    images, labels = np.empty((n, side, side, 3), np.uint8), rng.permutation(n) % len(SHAPES)
+    for i, label in enumerate(labels):
+        dark = rng.randint(0, 128, 3)
+        back, front = rng.permutation([dark, dark + rng.randint(64, 128, 3)]).tolist()
+        radius, turn = rng.uniform(16, 26), rng.uniform(-0.3, 0.3)  # of 64 x 64 pixels; a few leave the frame
+        x, y = 32 + rng.uniform(-1, 1, 2) * (34 - radius)
+        corners, inner = [*POLYGONS.values()][label % 5]  # how many, radius of every second one
+        canvas = Image.new("RGB", (64, 64), tuple(back))
+        for scale, colour in ((radius, front), (radius / 2, back))[: 1 + label // 5]:  # the hollow ones have a hole
+            z = scale * np.exp(1j * (turn + 2 * np.pi * np.arange(corners) / corners)) * -1j
+            z[1::2] *= inner
+            ImageDraw.Draw(canvas).polygon([*zip(x + z.real, y + z.imag, strict=True)], fill=tuple(colour))
+        images[i] = canvas.resize((side, side), Image.Resampling.BOX)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
 
 
 def load_image(path, resolution):
     """Read, box-halve, resize bicubically and center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     try:
         image = Image.open(path).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that Pillow reads: replace it or take it out") from error
+    except (OSError, Image.DecompressionBombError):
+        fail(f"{path} is not an image that Pillow reads: replace it or take it out")
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
     scale = resolution / min(image.size)
     width, height = (round(side * scale) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(image).transpose(2, 0, 1)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution))).transpose(2, 0, 1)
 
 
-def list_folder(root, split):
-    """Class folders, or tiny-imagenet's own layout: (files, class index of each, class names)."""
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    notes = root / "val" / "val_annotations.txt"  # tiny-imagenet, whose test/ holds no labels
-    splits = (split,) if split == "train" else ("val",) if notes.is_file() else ("test", "val")
-    folder = next((root / s for s in splits if (root / s).is_dir()), None)
-    if folder is None:
-        fail(f"{root} has no test/ or val/ folder beside train/: add one with the same class folders")
-    if folder == notes.parent and notes.is_file():
-        rows = [line.split("\t")[:2] for line in notes.read_text().splitlines()]
-        pairs = [(folder / "images" / name, wnid) for name, wnid in rows]
-    else:
-        pairs = []
-        for name in sorted(p.name for p in folder.iterdir() if p.is_dir()):
-            files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not files:
-                fail(f"{folder / name} holds no images: fill the class folder or remove it")
-            pairs += [(file, name) for file in files]
-    index = {name: i for i, name in enumerate(classes)}
-    for file, name in pairs:
-        if name not in index:
-            fail(f"{file}: class {name!r} is not among the class folders of {root / 'train'}")
-    if not pairs:
-        fail(f"{folder} holds no class folders with images: expected {folder}/<class>/*.png")
-    return [file for file, _ in pairs], [index[name] for _, name in pairs], classes
+def list_images(root, split):
+    """(file, class index) of every image of a split, and class names; tiny-imagenet's own layout, too."""
+    try:
+        classes, index = find_classes(root / "train")
+        notes = root / "val" / "val_annotations.txt"  # tiny-imagenet; its test/ has no labels
+        if split == "test" and notes.is_file():
+            rows = [line.split("\t") for line in notes.read_text().splitlines()]
+            return [(str(root / "val" / "images" / row[0]), index[row[1]]) for row in rows], classes
+        folder = split if (root / split).is_dir() else "val"
+        if find_classes(root / folder)[0] != classes:
+            raise LookupError(f"those of {folder}/ differ")
+        return make_dataset(root / folder, index, SUFFIXES), classes
+    except (OSError, LookupError) as error:
+        fail(f"{root} needs train/<class>/* and test/ or val/ with the same classes, of {' '.join(SUFFIXES)}: {error}")
 
 
 def read_folder(root, split, resolution):
-    """Images of a class folder, decoded once and cached as one array beside the data."""
-    files, labels, classes = list_folder(root, split)
-    seen = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    stamp = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
-    cache = root / ".cache" / f"{split}_{resolution}_{stamp}.npy"
-    if cache.is_file():
-        return map_array(cache), torch.tensor(labels), classes
-    tmp = cache.with_suffix(f".{os.environ.get('RANK', 0)}.{os.getpid()}.tmp")
-    shape = (len(files), 3, resolution, resolution)
-    try:
-        cache.parent.mkdir(exist_ok=True)
-        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
-    except OSError as error:
-        print(f"note: {cache} cannot be written ({error}): the images are decoded again next time", file=sys.stderr)
-        tmp, images = None, np.empty(shape, np.uint8)
-    try:
+    """load_data of class folders: images are decoded once and kept as one array beside the data."""
+    pairs, classes = list_images(root, split)
+    seen = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _ in pairs]
+    folder = root / ".cache" if os.access(root, os.W_OK) else Path(torch.hub.get_dir(), "ddae")
+    cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.npy"
+    if not cache.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = np.lib.format.open_memmap(f"{cache}.tmp", "w+", np.uint8, (len(pairs), 3, resolution, resolution))
         with ThreadPoolExecutor() as pool:
-            decoded = pool.map(lambda file: load_image(file, resolution), files)
-            bar = tqdm(decoded, f"reading {root.name}/{split}", len(files), unit="img", mininterval=1)
-            for i, image in enumerate(bar):
+            decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
+            for i, image in enumerate(tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img")):
                 images[i] = image
-    except ValueError as error:
-        bar.close()
-        if tmp is not None:
-            tmp.unlink()
-        fail(error)
-    if tmp is None:
-        return torch.from_numpy(images), torch.tensor(labels), classes
-    images.flush()
-    os.replace(tmp, cache)
-    return map_array(cache), torch.tensor(labels), classes
-
-
-def map_array(path):
-    """An .npy file as a tensor that reads from disk what is indexed; processes share it. It must not be written to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about the latter
-        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def data_root(args):
-    """The folder that holds the data set's train/<class>/*, or None."""
-    roots = [Path(args.data) / args.dataset]
-    roots += [Path(args.data) / "tiny-imagenet-200"] * (args.dataset == "tiny-imagenet")
-    return next((root for root in roots if (root / "train").is_dir()), None)
-
-
-def read_data(args, split):
-    """What load_data returns, and the class names: the one rule of --dataset and --data."""
-    name, root, folders = args.dataset, data_root(args), f"{args.data}/{args.dataset}/train/<class>/"
-    with rank_zero_first():
-        if root is not None:
-            images, labels, classes = read_folder(root, split, args.resolution)
-        elif name == "shapes":
-            images, labels = draw_shapes(*{"train": (10000, 0), "test": (2000, 1)}[split])
-            classes = list(SHAPES)
-        elif name in ("cifar10", "cifar100"):
-            source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-            try:
-                with contextlib.redirect_stdout(sys.stderr):
-                    stored = source(Path(args.data), train=split == "train", download=True)
-            except (OSError, RuntimeError) as error:
-                fail(f"{name} could not be downloaded ({error}); put its images into {folders} instead")
-            images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
-            labels, classes = torch.tensor(stored.targets), stored.classes
-        else:
-            fail(f"--dataset {name}: there is no folder {folders}, and only shapes, cifar10 and "
-                 "cifar100 come without one; check --dataset and --data")
-    if images.shape[1:] != (3, args.resolution, args.resolution):
-        fail(f"--resolution {args.resolution}: {name} is built in at {images.shape[-1]} pixels; drop --resolution")
-    return images, labels, classes
+        images.flush()
+        os.replace(f"{cache}.tmp", cache)
+    images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # ranks share it
+    return images, torch.tensor([label for _, label in pairs]), classes
 
 
 def load_data(args, split):
-    """The images of a data set.
+    """Images uint8 (N, 3, resolution, resolution) and labels (N,) of a split, on the CPU, and the class names."""
+    name, train, root = args.dataset, split == "train", Path(args.data, args.dataset)
+    if name == "tiny-imagenet" and not root.is_dir():
+        root = Path(args.data, "tiny-imagenet-200")  # its official name
+    with rank_zero_first():
+        if (root / "train").is_dir():
+            return read_folder(root, split, args.resolution)
+        if name == "shapes":
+            return *draw_shapes(10000 if train else 2000, 0 if train else 1, args.resolution), SHAPES
+        if name not in ("cifar10", "cifar100") or args.resolution != 32:
+            fail(f"--dataset {name}: no folder {root}/train/<class>/; only shapes and 32-pixel CIFAR do without")
+        try:
+            stored = getattr(datasets, name.upper())(args.data, train, download=True)
+        except (OSError, RuntimeError) as error:
+            fail(f"{name} could not be downloaded ({error}); put its images into {root}/train/<class>/ instead")
+    images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(stored.targets), stored.classes
 
-    Args:
-        args: needs dataset, data and resolution. split: "train" or "test".
-    Returns:
-        images uint8 (N, 3, resolution, resolution), labels int64 (N,), on the CPU.
-    Ends with exit status 2 and one line where the data are missing or damaged.
-    """
-    return read_data(args, split)[:2]
 
-
-def training_set(args, device):
-    """Images, labels and class names to train on. --bench takes noise: it needs no data set."""
-    if not args.bench:
-        return read_data(args, "train")
-    images = torch.randint(256, (4 * args.batch, 3, args.resolution, args.resolution)).byte()
-    return images, torch.zeros(len(images), dtype=torch.long), []
-
-
-def to_x0(images):
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def to_x0(images, flip=None):
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1], mirrored where flip (B,) is true."""
+    x0 = images.float() / 127.5 - 1
+    return x0 if flip is None else torch.where(flip.view(-1, 1, 1, 1), x0.flip(3), x0)
 
 
 def to_uint8(x0):
@@ -670,35 +418,43 @@ def decoder(args, device, vae=None):
     return to_uint8
 
 
-def draw_augment(n, generator):
-    """Raw random numbers of the augmentation of n images: {name: (n,), translate: (2, n)}. [EDM] App. F.2"""
+def draw_numbers(n, shape, diffusion, generator):
+    """Random numbers of one view of n images: uniform (n, 12), normal (n, 4), level (n,), noise (n, *shape)."""
     kw = {"generator": generator, "device": generator.device}
-    draws = {name: torch.randint(2, (n,), **kw) for name in ("xflip", "yflip")}
-    draws |= {name: torch.randn(n, **kw) for name in ("scale", "aniso_w")}
-    draws |= {name: torch.rand(n, **kw) for name in ("rotate_u", "aniso_u")}
-    draws["translate"] = torch.randn(2, n, **kw)
-    gates = ("yflip", "scale", "rotate", "aniso", "aniso_rotate", "translate")
-    return draws | {f"gate_{name}": torch.rand(n, **kw) for name in gates}
+    uniform, normal = torch.rand(n, 12, **kw), torch.randn(n, 4, **kw)
+    return uniform, normal, diffusion.draw_level(n, generator), torch.randn(n, *shape, **kw)
 
 
-def gate_augment(draws, p):
+def make_view(images, labels, numbers, args):
+    """One view of B images of load_data, from their rows of draw_numbers: x0, level, noise, y, aug of diffusion.loss.
+
+    x0 is flipped and augmented, aug (B, 9) or None says how; with --cond y (B,), some of it the null class.
+    """
+    uniform, normal, level, noise = numbers
+    x0, aug = to_x0(images, flip=uniform[:, 0] < 0.5), None
+    y = torch.where(uniform[:, 1] < args.label_drop, args.cond, labels) if args.cond else None
+    if args.aug > 0:
+        params, aug = gate_augment(uniform[:, 2:], normal, args.aug)
+        x0 = augment(x0, params)
+    return x0, level, noise, y, aug
+
+
+def gate_augment(uniform, normal, p):
     """Keep each transform with probability p. [EDM] App. F.2: x-flip is always drawn, the angle r kept half the time.
 
-    Returns:
-        (n, 8): xflip, yflip in {0, 1}; scale; rotation theta; stretch w, its angle r; shifts tx, ty. Zero is identity.
+    uniform: (B, 10) in [0, 1): x-flip, y-flip, theta, r; gates of y-flip, scale, theta, w, both shifts, r.
+    normal: (B, 4): scale, w, tx, ty. Zero is no change everywhere.
+    Returns (B, 8): xflip, yflip in {0, 1}; scale; rotation theta; stretch w, its angle r; shifts tx, ty, and (B, 9):
+    the same as the network is told it, angles by cosine and sine.
     """
-    on = {name: (draws[f"gate_{name}"] < p).float() for name in ("yflip", "scale", "rotate", "aniso", "translate")}
-    theta, r = ((2 * draws[name] - 1) * math.pi for name in ("rotate_u", "aniso_u"))
-    r = r * (draws["gate_aniso_rotate"] < 0.5)
-    tx, ty = draws["translate"] * on["translate"]
-    rows = [draws["xflip"].float(), draws["yflip"] * on["yflip"], draws["scale"] * on["scale"], theta * on["rotate"]]
-    return torch.stack([*rows, draws["aniso_w"] * on["aniso"], r, tx, ty], dim=1)
-
-
-def augment_label(params):
-    """Parameters (B, 8) of gate_augment -> the 9 numbers that the network is told. [EDM] App. F.2"""
-    xflip, yflip, scale, theta, w, r, tx, ty = params.unbind(1)
-    return torch.stack([xflip, yflip, scale, theta.cos() - 1, theta.sin(), w * r.cos(), w * r.sin(), tx, ty], dim=1)
+    scale, w, tx, ty = normal.unbind(1)
+    xflip, yflip = (uniform[:, :2] < 0.5).float().unbind(1)
+    theta, r = ((2 * uniform[:, 2:4] - 1) * math.pi).unbind(1)
+    on_yflip, on_scale, on_theta, on_w, on_shift = (uniform[:, 4:9] < p).float().unbind(1)
+    yflip, scale, theta, w = yflip * on_yflip, scale * on_scale, theta * on_theta, w * on_w
+    r, tx, ty = r * (uniform[:, 9] < 0.5), tx * on_shift, ty * on_shift
+    label = [xflip, yflip, scale, theta.cos() - 1, theta.sin(), w * r.cos(), w * r.sin(), tx, ty]
+    return torch.stack([xflip, yflip, scale, theta, w, r, tx, ty], dim=1), torch.stack(label, dim=1)
 
 
 def augment(x0, params):
@@ -706,11 +462,7 @@ def augment(x0, params):
 
     Reflection padding, sym6 up- and downsampling are linear along each axis, so each is one constant matrix.
     DEVIATION: always padded by S - 1; the reference pads as far as the batch needs and falls 2e-5 short in corners.
-
-    Args:
-        x0: (B, C, S, S) float32. params: (B, 8), from gate_augment.
-    Returns:
-        (B, C, S, S) float32; rows do not depend on each other.
+    x0: (B, C, S, S) float32; params: (B, 8), from gate_augment -> (B, C, S, S).
     """
     S, device = x0.shape[-1], x0.device
     xflip, yflip, scale, theta, w, r, tx, ty = params.unbind(1)
@@ -718,19 +470,19 @@ def augment(x0, params):
     x0 = torch.where(yflip.view(-1, 1, 1, 1) > 0, x0.flip(2), x0)
     up, down = augment_filters(S, device)  # (6S - 4, S), (S, 2S + 12)
 
-    # The map from output to input pixels, origin at the centre, x right and y down: A p + b. [EDM] Tab. 6
-    def rotation(a):  # (B, 2, 2)
-        return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], dim=1).view(-1, 2, 2)
+    def rotation(angle):  # (B, 2, 2)
+        return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
 
+    # The map from output to input pixels, origin at the centre, x right and y down: A p + b. [EDM] Tab. 6
     squeeze = torch.diag_embed(torch.stack([2 ** (-0.2 * w), 2 ** (0.2 * w)], dim=1))
-    a = rotation(theta) @ rotation(-r) @ squeeze @ rotation(r) * 2 ** (-0.2 * scale).view(-1, 1, 1)
-    b = -(a @ (0.125 * S * torch.stack([tx, ty], dim=1))[:, :, None])  # (B, 2, 1)
+    A = rotation(theta) @ rotation(-r) @ squeeze @ rotation(r) * 2 ** (-0.2 * scale).view(-1, 1, 1)
+    b = -(A @ (0.125 * S * torch.stack([tx, ty], dim=1))[:, :, None])  # (B, 2, 1)
 
     # Canvas pixel p of the doubled grid takes its value at 2 (A p / 2 + b), with half-pixel centres.
     side, n = 2 * S + 12, len(up)
     axis = torch.arange(side, device=device) + 0.5 - side / 2
     p = torch.stack(torch.meshgrid(axis, axis, indexing="xy")).view(1, 2, -1)  # (1, 2, side^2), x first
-    q = 2 * (a @ ((p + 0.5) / 2) + b) - 0.5
+    q = 2 * (A @ ((p + 0.5) / 2) + b) - 0.5
     grid = (q * 2 / n).transpose(1, 2).view(-1, side, side, 2)
     canvas = F.grid_sample(up @ x0 @ up.T, grid, padding_mode="zeros", align_corners=False)
     return down @ canvas @ down.T
@@ -738,46 +490,31 @@ def augment(x0, params):
 
 @functools.cache
 def augment_filters(S, device):
-    """Matrices for an axis of S pixels: reflect by S - 1 and upsample (6S - 4, S); downsample and crop (S, 2S + 12)."""
-    taps, n = torch.tensor(SYM6), 3 * S - 2
-    reflect = torch.zeros(n, S)
-    place = torch.arange(-(S - 1), 2 * S - 1).abs()
-    reflect[torch.arange(n), torch.where(place < S, place, 2 * (S - 1) - place)] = 1
-    up, down = torch.zeros(2 * n, n), torch.zeros(S, 2 * S + 12)
-    for j in range(12):
-        m = torch.arange(n)
-        k = 2 * m + j - 5  # zeros between the samples, then a convolution
-        ok = (k >= 0) & (k < 2 * n)
-        up[k[ok], m[ok]] = taps[j]
-        down[torch.arange(S), 2 * torch.arange(S) + 1 + j] = taps[j]
-    return (up @ reflect).to(device), down.to(device)
+    """Of an axis of S pixels: reflect by S - 1 and upsample (6S - 4, S); downsample and crop (S, 2S + 12)."""
+    taps = torch.tensor(SYM6).view(1, 1, -1)
+    reflected = F.pad(torch.eye(S)[:, None], [S - 1, S - 1], mode="reflect")  # a row per pixel, (S, 1, 3S - 2)
+    up = F.conv_transpose1d(reflected, taps, stride=2, padding=5)[:, 0].T
+    down = F.conv1d(torch.eye(2 * S + 12)[:, None, 1:], taps, stride=2)[:, 0].T
+    return up.to(device), down.to(device)
 
 
 # ---- 6. MoCo-v3 head --------------------------------------------------------------------------------
-class AllReduce(torch.autograd.Function):
-    """Sum over ranks, in the backward pass too."""
+class RankMean(torch.autograd.Function):
+    """Average of a tensor over ranks."""
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
+        if not dist.is_initialized():
+            return x.clone()
+        x = x / dist.get_world_size()
         dist.all_reduce(x)
         return x
 
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduce.forward(ctx, grad.contiguous())
-
-
-def rank_mean(x):
-    """Average of a tensor over ranks, differentiable."""
-    return AllReduce.apply(x) / dist.get_world_size() if dist.is_initialized() else x
+    backward = forward  # the gradient is averaged as well
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm by the statistics of the batch of all ranks (torch's SyncBatchNorm refuses CPU tensors).
-
-    There are no running statistics: the head is used in training only, and MoCo's teacher takes the batch's too.
-    """
+    """BatchNorm by the statistics of all ranks' batch. (SyncBatchNorm refuses CPU tensors.)"""
 
     def __init__(self, dim, affine=True):
         super().__init__()
@@ -786,16 +523,15 @@ class BatchNorm(nn.Module):
 
     def forward(self, x):
         x = x.float()  # (B, D)
-        x = x - rank_mean(x.mean(0))
-        x = x * (rank_mean((x**2).mean(0)) + 1e-5).rsqrt()
+        x = x - RankMean.apply(x.mean(0))
+        x = x * (RankMean.apply((x**2).mean(0)) + 1e-5).rsqrt()
         return x if self.weight is None else x * self.weight + self.bias
 
 
 class Projector(nn.Module):
-    """MoCo v3's MLP. With emb_dim, hidden layers are scaled and shifted by e_t: the time-dependent projector of [P].
+    """MoCo v3's MLP of widths dims; with emb_dim time-dependent, as [P]: e_t (B, emb_dim) scales and shifts its layers.
 
-    Args:
-        dims: widths from input to output. emb_dim: width of e_t, 0 for the original head (--cl-head moco).
+    UNSPECIFIED: that form of time dependence; it starts as MoCo's projector.
     """
 
     def __init__(self, dims, emb_dim=0):
@@ -804,9 +540,8 @@ class Projector(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in pairs)
         self.norm = nn.ModuleList(BatchNorm(o, affine=k < len(pairs) - 1) for k, (_, o) in enumerate(pairs))
         self.time = nn.ModuleList(nn.Linear(emb_dim, 2 * o) for _, o in pairs[:-1]) if emb_dim else None
-        for layer in self.time or ():
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for p in self.time.parameters() if emb_dim else ():
+            nn.init.zeros_(p)
 
     def forward(self, x, e_t):
         """(B, dims[0]), (B, emb_dim) -> (B, dims[-1]) float32."""
@@ -821,12 +556,9 @@ class Projector(nn.Module):
 
 
 class MoCoHead(nn.Module):
-    """Projector (3 layers, its EMA copy is the teacher's) and predictor (2 layers, online side only). [MoCo] Sec. 3
+    """Projector, whose EMA copy makes the keys, and predictor, online side only. [MoCo] Sec. 3"""
 
-    UNSPECIFIED: widths of MoCo v3 for ViTs, 4096 hidden and 256 out.
-    """
-
-    def __init__(self, feat_dim, emb_dim, timed, hidden=4096):
+    def __init__(self, feat_dim, emb_dim, timed, hidden):
         super().__init__()
         self.projector = Projector([feat_dim, hidden, hidden, 256], emb_dim if timed else 0)
         self.predictor = Projector([256, hidden, 256])
@@ -837,72 +569,47 @@ class MoCoHead(nn.Module):
 
 
 def moco_loss(q, k, temperature=0.2):
-    """InfoNCE of queries against the keys of all ranks, times 2 temperature. [MoCo] Alg. 1; one direction, [P].
+    """InfoNCE of queries q (B, D) against the keys k (B, D) of all ranks, times 2 temperature. [MoCo] Alg. 1
 
-    Args:
-        q, k: (B, D) on each rank, normalised here; k carries no gradient. temperature: of the softmax.
-    Returns:
-        scalar loss of this rank's queries, and {"cl_acc", "cl_pos", "cl_std"}: share of queries whose own key is
-        nearest, mean cosine of the positives, and std of the normalised queries times sqrt(D) (1 is uniform on the
-        sphere, 0 a collapse).
+    One direction only: [P]. UNSPECIFIED: the temperature is [MoCo]'s. For the log: cl_acc, the share of queries whose
+    own key is nearest, and cl_std, the spread of the queries: 1 is uniform on the sphere, 0 a collapse.
     """
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     keys, rank = k, 0
     if dist.is_initialized():
-        parts, rank = [torch.empty_like(k) for _ in range(dist.get_world_size())], dist.get_rank()
-        dist.all_gather(parts, k.contiguous())
-        keys = torch.cat(parts)  # (B world, D), in rank order
+        keys, rank = k.new_empty(dist.get_world_size() * len(k), k.shape[1]), dist.get_rank()
+        dist.all_gather_into_tensor(keys, k)  # (B world, D), in rank order
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ keys.T / temperature  # (B, B world)
     target = torch.arange(len(q), device=q.device) + rank * len(q)
-    with torch.no_grad():
-        stats = {
-            "cl_acc": (logits.argmax(1) == target).float().mean(),
-            "cl_pos": (q * k).sum(1).mean(),
-            "cl_std": q.std(0).mean() * q.shape[1] ** 0.5,
-        }
+    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": q.std(0).mean() * q.shape[1] ** 0.5}
     return 2 * temperature * F.cross_entropy(logits, target), stats
 
 
 # ---- 7. Run utilities -------------------------------------------------------------------------------
-def fail(message):
+def fail(message, status=2):
     """Report the user's mistake: one line on stderr, exit status 2, as argparse does."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # above an open bar
+    raise SystemExit(status)
 
 
 def setup_distributed(device):
-    """Join torchrun's process group, or stay one process.
-
-    Args:
-        device: the --device flag: "auto", "cpu", "cuda" or "cuda:N".
-    Returns:
-        rank, world, torch.device. NCCL carries GPU tensors, gloo CPU tensors.
-    """
+    """Join torchrun's process group, if any: --device auto, cpu or cuda -> rank, world, torch.device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            fail(f"--device {device}: this torch sees no GPU; use --device cpu")
-        if ":" in device and world > 1:
-            fail(f"--device {device}: torchrun gives every rank a GPU of its own; use --device cuda")
-        device = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: this torch sees no GPU; use --device cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return rank, world, torch.device(device)
-
-
-def seeded(*numbers):
-    """A well-mixed 64-bit seed from non-negative integers. (torch's CPU generator looks at the low 32 bits only.)"""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    if world > 1:  # tensors on the host go through gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return rank, world, device
 
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """The first rank of each node goes through the body before the others: downloads and caches are written once."""
+    """The first rank of each node goes before the others: downloads and caches are written once."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -911,356 +618,215 @@ def rank_zero_first():
         dist.barrier()
 
 
+def seeded(*numbers):
+    """A well-mixed 64-bit seed. (torch's CPU generator looks at the low 32 bits only.)"""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 @torch.no_grad()
 def ema_update(ema, net, decay):
     """ema <- decay ema + (1 - decay) net, all parameters in a few kernels."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; one more, seconds later, kills. Ranks stop together.
-
-    (A launcher and its scheduler may both pass on the first one, so what comes at once counts as one.)
-    """
-
-    def __init__(self):
-        self.signum, self.since = 0, math.inf
-        self.before = {s: signal.signal(s, self) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def __call__(self, signum, frame):
-        if time.time() - self.since > 3:
-            self.restore()
-            signal.raise_signal(signum)
-        self.signum, self.since = signum, min(self.since, time.time())
-
-    def restore(self):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def agreed(self):
-        """The signal that any rank received, or 0. A host-side all-reduce of one number: the GPU is not waited for."""
-        if not dist.is_initialized():
-            return self.signum
-        flag = torch.tensor([self.signum])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
-
-
-def save_checkpoint(path, **state):
-    """Write, then rename: a killed job never leaves half a file. Tensors and plain types only."""
-    tmp = Path(f"{path}.tmp")
-    torch.save(state, tmp)
-    os.replace(tmp, path)
+def save_checkpoint(path, state):
+    """Write, then rename: whatever stops the job, no file is ever half written."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 def read_checkpoint(path):
-    """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
-    if not Path(path).is_file():
-        fail(f"{path} does not exist, or is no file: check the path")
+    """torch.load of tensors and plain types only: no code that a file may carry is run."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        fail(f"{path} cannot be read as a checkpoint (damaged, cut short, or not plain torch.save); use another")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file may raise anything
+        fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
 
 
 def load_weights(net, path):
-    """Start from a public checkpoint or one of ours (--init): official names, wrapper prefixes are dropped.
-
-    What the paper adds (ADDED) may be missing in the file; anything else is an error.
-    """
+    """--init: official names, behind any wrapper's prefix; only ADDED may be missing in the file."""
     state = read_checkpoint(path)
-    state = state if isinstance(state, dict) else {}
-    for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    want = net.state_dict()
-    anchor = max((name for name in want if not name.startswith(ADDED)), key=len)  # no other name ends like this
-    prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
-    found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    missing = [k for k in want if k not in found and not k.startswith(ADDED)]
-    wrong = [k for k in want if k in found and getattr(found[k], "shape", None) != want[k].shape]
-    extra = [k for k, v in found.items() if k not in want and isinstance(v, torch.Tensor)]
-    if extra and not missing + wrong:
-        fail(f"--init {path} holds {len(extra)} tensors that this network has no place for, first {extra[0]}: is a "
-             "flag missing?")
-    if missing or wrong:
-        fail(f"--init {path} does not fit this network: {len(missing)} tensors missing, {len(wrong)} of other shapes, "
-             f"first {(missing + wrong)[0]}")
-    net.load_state_dict({k: found.get(k, want[k]) for k in want})
+    anchor = max((k for k in net.state_dict() if not k.startswith(ADDED)), key=len)  # no other name ends like this
+    try:
+        for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
+            state = state[key] if isinstance(state.get(key), dict) else state
+        prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
+        state = {k.removeprefix(prefix): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        missing, odd = net.load_state_dict(state, strict=False)
+        odd += [k for k in missing if not k.startswith(ADDED)]
+    except (RuntimeError, AttributeError) as error:  # other shapes; no dict of tensors
+        odd = [" ".join(str(error).split())[:200]]
+    if odd:
+        fail(f"--init {path} does not fit this network: {len(odd)} tensors are missing or have no place: {odd[0]}")
 
 
-def check_out(args):
-    """Refuse a folder that holds another configuration's run, or this one's without --resume."""
-    free = FREE | ({"accum"} if args.cl == 0 else set())
-    known, last = Path(args.out) / "args.json", Path(args.out) / "last.pt"
-    if known.is_file() and last.is_file():
-        old = json.loads(known.read_text())
-        new = json.loads(json.dumps(vars(args)))
-        other = [k for k in new if k not in free and old.get(k) != new[k]]
-        other = [f"--{k.replace('_', '-')} {str(old.get(k))[:60]}" for k in other]
-        if other:
-            fail(f"--out {args.out} holds a run with {', '.join(other)}: choose another --out")
-        if not args.resume:
-            fail(f"--out {args.out} holds this run already: add --resume to go on with it, or choose another --out")
-    if args.resume and not last.is_file():
-        fail(f"--resume: there is no {last} to go on from; drop --resume to start")
+def save_run(args, parts, epoch, step, keep):
+    """With keep epoch_NNNN.pt; then last.pt. (Random numbers follow from seed and step.)"""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    about = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+    if keep:
+        save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", about | {"ema": states["ema"]})
+    save_checkpoint(f"{args.out}/last.pt", about | states)
 
 
-class MetricsLog:
-    """metrics.jsonl (first line: the run; then one line per --log-every steps) and the progress bar, on rank 0.
-
-    Sums stay on the device between lines; ranks are averaged when a line is written.
-    """
-
-    def __init__(self, args, step, end, rank, header):
-        self.path, self.rank = Path(args.out) / "metrics.jsonl", rank
-        self.active = rank == 0 and not args.bench
-        if self.active:
-            old = self.path.read_text().splitlines()[1:] if step and self.path.is_file() else []
-            old = [line for line in old if line.endswith("}")]  # a killed job may leave half a line
-            kept = [json.dumps({"args": vars(args)} | header)] + [x for x in old if json.loads(x)["step"] <= step]
-            self.path.write_text("\n".join(kept) + "\n")
-        self.bar = tqdm(total=end, initial=step, unit="step", desc=Path(args.out).name, disable=rank > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 20)
-        self.restart(step)
-
-    def restart(self, step):
-        """Start a new interval: saving and sampling do not count as training time."""
-        self.sums, self.counts, self.start, self.step = {}, {}, time.time(), step
-
-    def add(self, stats):
-        """Add scalars, tensors on the device, to the interval; nothing is waited for."""
-        for name, value in stats.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def check(self, reduce=lambda values: values):
-        """Means of the interval; stops the run, exit status 1, where one is not finite."""
-        values = [(self.sums[name] / self.counts[name]).float() for name in self.sums]
-        values = dict(zip(self.sums, reduce(torch.stack(values)).tolist(), strict=True)) if values else {}
-        if not all(math.isfinite(v) for v in values.values()):
-            self.bar.close()
-            if self.rank == 0:
-                print(f"error: training diverged before step {self.bar.n} ({values}): start again with a lower --lr, "
-                      f"another --out and --init {self.path.parent}/last.pt, the last good one, if it exists",
-                      file=sys.stderr)
-            raise SystemExit(1)
-        return values
-
-    def write(self, step, epoch, lr, batch):
-        """One line of metrics, averaged over steps and ranks, then a new interval."""
-        values = self.check(rank_mean)
-        speed = (step - self.step) * batch / max(1e-9, time.time() - self.start)
-        if self.active:
-            line = {"step": step, "epoch": epoch, "lr": lr, **values, "img_per_s": round(speed, 2)}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} img/s")
-        self.restart(step)
-
-
-def save_run(args, state, modules, optimizer, scaler):
-    """last.pt: everything an exact resume needs. Random numbers follow from (seed, step), so none are stored."""
-    parts = {name: module.state_dict() for name, module in modules.items()}
-    parts |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    save_checkpoint(Path(args.out) / "last.pt", **state, **parts)
-
-
-def load_run(args, modules, optimizer, scaler):
-    """Restore what save_run wrote; returns the step to go on from."""
-    path = Path(args.out) / "last.pt"
+def load_run(path, parts):
+    """Restore what save_run wrote. Returns the step to go on from."""
     state = read_checkpoint(path)
     try:
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty where the run was not in fp16
-            scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError):
-        fail(f"--resume: {path} is of another configuration; start over in another --out")
-    return state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+    except Exception:  # as above
+        fail(f"--resume: {path} is damaged or of another network: start over in another --out")
+
+
+def start_run(args, net, step, about):
+    """Say what is trained; args.json; metrics.jsonl up to step: a killed job may leave more."""
+    print(f"{type(net).__name__} of {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
+    metrics = Path(args.out, "metrics.jsonl")
+    lines = metrics.read_text().splitlines() if step and metrics.is_file() else [json.dumps({"step": 0} | about)]
+    found = [re.match(r'{"step": (\d+), .*}$', line) for line in lines]
+    metrics.write_text("".join(f"{line[0]}\n" for line in found if line and int(line[1]) <= step))
+
+
+def all_finite(stats, run):
+    """A step's numbers averaged over ranks. A run that has diverged ends here, before it is saved."""
+    values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
+    if not all(map(math.isfinite, values)):
+        fail(f"training diverged: start anew with a lower --lr, from --init {run}/last.pt if there is one", status=1)
+    return dict(zip(stats, values, strict=True))
 
 
 @torch.no_grad()
 def save_grid(args, ema, diffusion, device, epoch):
-    """samples_NNNN.png: images of the EMA network from noise that is the same every time, 64 on a GPU, 16 on a CPU."""
+    """samples_NNNN.png: 64 EMA samples, on a CPU 16, from the same noise every time."""
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     y = torch.arange(len(noise), device=device) % ema.classes if ema.classes else None
-    x0 = diffusion.sample(ema.forward, noise, y=y)  # .forward: another batch size would compile again
-    images = decoder(args, device)(x0)
-    save_image(images / 255, Path(args.out) / f"samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
-
-
-def peak_tflops(device):
-    """Vendor's dense bf16 peak of this GPU in TFLOP/s, or None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
-
-
-def count_flops(run, n):
-    """Floating-point operations per image of run(), a training step on n images: matrix products and convolutions."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / n
-
-
-def synchronized_time(device):
-    """Seconds, after the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def report_bench(args, seconds, flops, device, world):
-    """Print the result of --bench, JSON on the last line."""
-    speed, peak = args.bench * args.batch / seconds, peak_tflops(device)
-    tflops = flops * speed / world / 1e12
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    else:
-        import resource  # not on Windows
-
-        name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-    result = {
-        "img_per_s": round(speed, 2), "ms_per_step": round(1000 * seconds / args.bench, 2),
-        "gflop_per_img": round(flops / 1e9, 3), "tflops_per_device": round(tflops, 4),
-        "share_of_peak": round(tflops / peak, 4) if peak else None, "peak_memory_gib": round(memory / 2**30, 3),
-        "batch": args.batch, "ranks": world, "device": name, "torch": torch.__version__, "seed": args.seed,
-    }
-    print(json.dumps(result))
+    images = decoder(args, device)(diffusion.sample(ema, noise, y=y))
+    save_image(images / 255, Path(args.out, f"samples_{epoch:04d}.png"), nrow=side, padding=2, pad_value=1)
 
 
 # ---- 8. Flags ---------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """Flags -> Namespace with every default resolved. Exits with status 2 on a wrong value."""
+    """Flags -> Namespace with every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=["ddpm", "edm", "rf"], default="ddpm",
-                       help="formulation (default: ddpm; [P] found edm and rf unstable on U-ViT)")
-    group.add_argument("--size", choices=list(SIZES), default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
-    group.add_argument("--patch", type=int, help="side of a patch (default: resolution / 16, at least 2)")
-    group.add_argument("--cls-token", action="store_true", help="self-conditioning: add the [CLS] token (default: off)")
-    group.add_argument("--layer", help="block of the feature: in_1, .., mid, out_1, .. "
-                       "(default: out_2, at 64 pixels out_1; [P] Tab. 10)")
-    group.add_argument("--cond", nargs="?", type=int, const=-1, default=0, metavar="CLASSES",
-                       help="class-conditional; bare: as many classes as the data set has (default: off)")
-    group.add_argument("--label-drop", type=float, default=0.1, metavar="P",
-                       help="share of training images whose label is the null class (default: 0.1; 0: no null class)")
-    group = parser.add_argument_group("augmentation and contrastive part")
-    group.add_argument("--aug", type=float, metavar="P",
-                       help="probability of each non-leaky transform (default: 0; 0.12 with --cl)")
-    group.add_argument("--cl", type=float, metavar="GAMMA", default=0.0,
-                       help="weight of the MoCo v3 loss (default: 0, off; 0.01 in the paper)")
-    group.add_argument("--cl-target", choices=["cls", "gap"],
-                       help="contrast [CLS] or the mean of the image tokens (default: cls with --cls-token, else gap)")
-    group.add_argument("--cl-head", choices=["time", "moco"], default="time",
-                       help="time-dependent or original projector (default: time)")
-    group.add_argument("--cl-hidden", type=int, metavar="N", help="hidden width of the head (default: 4096; tiny 512)")
-    group.add_argument("--cl-t", type=float, metavar="LEVEL",
-                       help="noise level of the teacher and default of probe.py --t "
-                       "(default: step 11, EDM sigma 0.06, RF time 0.06; at 64 pixels 66, 0.2964, 0.23; [P] Tab. 10)")
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="shapes",
-                       help="shapes, cifar10, cifar100, tiny-imagenet or any folder below --data (default: shapes)")
-    group.add_argument("--data", default="./data", metavar="ROOT",
-                       help="ROOT/NAME/train/<class>/* is read if it exists (default: ./data)")
-    group.add_argument("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64)")
-    group.add_argument("--data-device", choices=["auto", "cpu"], default="auto",
-                       help="where the uint8 images live; cpu when they do not fit the GPU (default: auto)")
-    group = parser.add_argument_group("optimisation ([P] Tab. 8)")
-    group.add_argument("--epochs", type=int, help="(default: 2000; tiny 8)")
-    group.add_argument("--batch", type=int, help="total over all ranks (default: 256; tiny 16)")
-    group.add_argument("--accum", type=int, default=1, help="accumulation steps; --batch stays the total (default: 1)")
-    group.add_argument("--lr", type=float, help="of AdamW, weight decay 0.03 (default: 4e-4; tiny 2e-3)")
-    group.add_argument("--warmup", type=float,
-                       help="epochs (default: 13, EDM 200; at most a quarter of --epochs, tiny a tenth)")
-    group.add_argument("--cooldown", type=float,
-                       help="share of the run at its end in which lr falls to 0 (default: 0; tiny 0.3)")
-    group.add_argument("--ema", type=float, help="EMA decay per step (default: 0.9999, EDM 0.9993, tiny 0.999)")
-    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-                       help="(default: auto: bf16 on GPUs that have it, else fp16; off on a CPU)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order, noise and augmentation (default: 0)")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", help="folder of the run (default: runs/<name from the flags>)")
-    group.add_argument("--resume", action="store_true", help="go on from OUT/last.pt as if never stopped")
-    group.add_argument("--init", metavar="FILE", help="start from these weights (official names)")
-    group.add_argument("--save-every", type=int, default=200, help="epochs between epoch_NNNN.pt (default: 200)")
-    group.add_argument("--sample-every", type=int, default=50,
-                       help="epochs between sample grids, 0 for none (default: 50)")
-    group.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl (default: 50)")
-    group.add_argument("--max-steps", type=int, help="stop after this step, even within an epoch; with 0 and --init "
-                       "public weights become a checkpoint for the tools")
-    group.add_argument("--bench", type=int, metavar="N", help="time N steps, print JSON, write nothing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    args = parser.parse_args(argv)
+    add = parser.add_argument_group("model").add_argument
+    add("--size", choices=[*SIZES], default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
+    add("--cls-token", action="store_true", help="self-conditioning: add the [CLS] token")
+    add("--layer", help="block of the feature: in_1, .., mid, out_1, .. (default: [P] Tab. 10)")
+    add("--cond", nargs="?", type=int, const=-1, default=0, metavar="CLASSES", help="(default: off; bare: all classes)")
+    add("--label-drop", type=float, metavar="P", help="share told the null class, 0: none (default: 0.1)")
+    add = parser.add_argument_group("augmentation and contrastive part").add_argument
+    add("--aug", type=float, metavar="P", help="probability of each non-leaky transform (default: 0; 0.12 with --cl)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo v3 loss (default: 0; [P]: 0.01)")
+    add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or original (default: time)")
+    add("--cl-t", type=float, metavar="LEVEL", help="noise level of the teacher and the probe (default: [P] Tab. 10)")
+    add("--cl-target", choices=["cls", "gap"], help="contrast [CLS] or the mean token (default: cls with --cls-token)")
+    add("--ablate", choices=["mask", "decay"], help="see [CLS] and augmentation together; let all weights decay ([P])")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, tiny-imagenet or a folder of --data (shapes)")
+    add("--data", default="./data", metavar="ROOT", help="ROOT/NAME/train/<class>/* if it exists (default: ./data)")
+    add("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64)")
+    add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
+    add("--epochs", type=int, help="(default: 2000; tiny 8)")
+    add("--batch", type=int, help="total over all ranks (default: 256; tiny 16)")
+    add("--accum", type=int, default=1, help="passes that share a batch (default: 1)")
+    add("--lr", type=float, help="constant after a warm-up of 13 epochs (default: 4e-4; tiny 2e-3)")
+    add("--ema", type=float, help="EMA decay per step (default: 0.9999, tiny 0.999; [P] Tab. 8)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
+    add("--seed", type=int, default=0, help="of weights, order, noise and augmentation (default: 0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder of the run (default: runs/<name from the flags>)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags, as if never stopped")
+    add("--init", metavar="FILE", help="start from these weights (official names)")
+    add("--save-every", type=int, help="epochs between epoch_NNNN.pt and grids (default: a tenth of --epochs)")
+    add("--max-steps", type=int, help="stop after this step; 0 with --init makes a checkpoint")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    args = read_flags(parser, argv)
 
-    tiny, recipe = args.size == "tiny", RECIPES[args.model]
+    args.model = "ddpm"  # [P] found EDM and RF unstable on U-ViT
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
-    large = resolution >= 64
-    epochs = args.epochs if args.epochs is not None else (8 if tiny else 2000)
-    given = [f"{name.replace('_', '-')}{getattr(args, name)}" for name in
-             ("patch", "layer", "cl_target", "cl_t", "cl_hidden", "resolution", "epochs", "batch", "lr", "warmup",
-              "cooldown", "ema") if getattr(args, name) is not None]  # to tell runs apart
-    if args.cond == -1:
-        root = Path(args.data) / args.dataset / "train"
-        args.cond = sum(p.is_dir() for p in root.iterdir()) if root.is_dir() else CLASSES.get(args.dataset, -1)
-    defaults = {  # UNSPECIFIED: the caps on the warm-up, for short runs
-        "resolution": resolution, "patch": max(2, resolution // 16), "layer": LAYERS[large],
-        "cl_t": LEVELS[args.model][large], "cl_target": "cls" if args.cls_token else "gap",
-        "epochs": epochs, "batch": 16 if tiny else 256, "ema": 0.999 if tiny else recipe["ema"],
-        "lr": 2e-3 if tiny else 4e-4, "warmup": min(recipe["warmup"], epochs / (10 if tiny else 4)),
-        "cooldown": 0.3 if tiny else 0.0,
-        "aug": 0.12 if args.cl > 0 else 0.0,  # two views need it
-        "cl_hidden": 512 if tiny else 4096,
+    defaults = PAPER | (TINY if args.size == "tiny" else {}) | {
+        "resolution": resolution, "patch": max(2, resolution // 16), "aug": 0.12 if args.cl > 0 else 0.0,
+        "cl_target": "cls" if args.cls_token else "gap", "label_drop": 0.1,
+        "layer": "out_1" if resolution >= 64 else "out_2", "cl_t": 66 if resolution >= 64 else 11,  # [P] Tab. 10
     }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "log_every", "bench", "lr",
-                 "cl_hidden"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in ("aug", "cooldown", "ema", "label_drop"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} must be between 0 and 1")
-    if min(args.cl, args.warmup, args.sample_every, args.seed, args.max_steps or 0) < 0:
-        parser.error("--cl, --warmup, --sample-every, --seed and --max-steps must not be negative")
-    if args.cond < 0:
-        parser.error(f"--cond: {args.dataset} is not there to be counted; give the number of classes")
+    folder = Path(args.data, args.dataset, "train")
+    found = sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else CLASSES.get(args.dataset, 0)
+    if (args.cond == -1 and not found) or 0 < args.cond < found:
+        parser.error(f"--cond: {args.dataset} has {found or 'unknown'} classes; give the number of classes")
+    args.cond = found if args.cond == -1 else args.cond
+    name = [args.dataset, "uvit", args.size, args.cls_token and "cls", args.cond and "cond"]
+    return resolve_flags(parser, args, defaults, name)
+
+
+def build(args):
+    """Untrained network and formulation, on the CPU: (UViT, DDPM)."""
+    net = UViT(args.resolution, args.patch, **SIZES[args.size], classes=args.cond, null_class=args.label_drop > 0,
+               aug_dim=9 if args.aug > 0 else 0, layer=args.layer, cls_token=args.cls_token, target=args.cl_target,
+               mask=args.ablate != "mask")
+    return net, DDPM(time_scale=0.999)  # [UViT]: t in [0, 1000), as the public weights have it
+
+
+def read_flags(parser, argv):
+    """argparse's answer; with --resume, flags that are not given are those of the run in --out."""
+    args = parser.parse_args(argv)
+    if args.resume and args.out and Path(args.out, "last.pt").is_file():
+        state = read_checkpoint(Path(args.out, "last.pt"))
+        if not isinstance(state, dict) or not isinstance(run := state.get("args"), dict):
+            fail(f"--resume: {args.out}/last.pt holds no run: start over in another --out")
+        parser.set_defaults(**run | {"max_steps": None})
+        args = parser.parse_args(argv)
+        for key, value in run.items():
+            if key not in FREE and getattr(args, key) not in (value, -1):  # -1 is a bare --cond
+                parser.error(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+    return args
+
+
+def resolve_flags(parser, args, defaults, name):
+    """Fill in the defaults of what was not given, check the numbers, name the run after what was given."""
+    name = [*name, args.ablate and f"no-{args.ablate}", args.cl and f"cl{args.cl:g}", args.cl_head == "moco" and "moco",
+            args.seed and f"seed{args.seed}"]
+    name += [f"{k.replace('_', '-')}{v}" for k in defaults if (v := getattr(args, k, None)) is not None]
+    for key, value in defaults.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    args.save_every = args.save_every or max(1, args.epochs // 10)  # [P] Tab. 11
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
+    for key, value in vars(args).items():
+        least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
+        most = 1 if key in ("aug", "ema", "label_drop") else 1e15
+        if isinstance(value, float | int) and not least <= value <= most:
+            parser.error(f"--{key.replace('_', '-')} {value} is out of range")
     try:
         with torch.device("meta"):
             build(args)[1].check_level(args.cl_t)
     except ValueError as error:
-        parser.error(f"--patch, --layer, --cl-target or --cl-t: {error}")
-    if args.out is None:
-        parts = [args.dataset, "uvit", args.size, args.model, args.cls_token and "cls", args.cond and "cond",
-                 args.label_drop != 0.1 and f"drop{args.label_drop:g}", args.aug and f"aug{args.aug:g}",
-                 args.cl and f"cl{args.cl:g}", args.cl_head == "moco" and "moco", args.seed and f"seed{args.seed}",
-                 *given]
-        args.out = "runs/" + "-".join(part for part in parts if part)
+        parser.error(f"--resolution, --layer, --cl-t or a flag of the network: {error}")
+    args.out = args.out or "runs/" + "-".join(str(part) for part in name if part).replace("/", "-")
     return args
-
-
-def build(args):
-    """Untrained network and formulation, on the CPU: (UViT, DDPM | EDM | RF)."""
-    net = UViT(args.resolution, args.patch, **SIZES[args.size], classes=args.cond, null_class=args.label_drop > 0,
-               aug_dim=9 if args.aug > 0 else 0, layer=args.layer, cls_token=args.cls_token, target=args.cl_target)
-    if args.model == "edm":
-        return net, EDM(uncertainty=args.aug > 0)  # [P] Tab. 8
-    return net, DDPM(time_scale=0.999) if args.model == "ddpm" else RF()  # [P]: t in [0, 1000), as public weights have
 
 
 # ---- 9. The loop ------------------------------------------------------------------------------------
 def make_optimizer(objective, args):
-    """AdamW; biases and position embeddings do not decay, [CLS] does. [P] Tab. 8"""
+    """AdamW; biases and position embedding do not decay, [CLS] does: [P] Tab. 11. Decay and betas: [UViT]."""
     groups = {0.03: [], 0.0: []}
     for name, p in objective.named_parameters():
-        groups[0.0 if name.endswith(("bias", "pos_embed")) else 0.03].append(p)
+        groups[0.0 if name.endswith(("bias", "pos_embed")) and args.ablate != "decay" else 0.03].append(p)
     groups = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.99, 0.999), fused=True)
+
+
+def learning_rate(args, step, per_epoch, total):
+    """Linear warm-up, constant; UNSPECIFIED: tiny networks end in a linear fall to 0."""
+    rise = (step + 1) / max(1.0, args.warmup * per_epoch)
+    return args.lr * max(0.0, min(1.0, rise, (total - step) / max(1.0, args.cooldown * total)))
 
 
 class Objective(nn.Module):
@@ -1270,182 +836,113 @@ class Objective(nn.Module):
         super().__init__()
         self.net, self.diffusion, self.head, self.gamma = net, diffusion, head, gamma
 
-    def forward(self, view, key=None):
-        """Total loss = L_diffusion + gamma L_moco of one view, and numbers worth logging."""
-        loss, (feat, e_t) = self.diffusion.loss(self.net, **view)
-        stats = {"loss_diffusion": loss.detach()}
+    def forward(self, x0, level, noise, y, aug, key):
+        """Total loss = L_diffusion + gamma L_moco of one view, and numbers worth logging. [P]"""
+        loss, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
+        stats = {"loss_diffusion": loss}
         if key is not None:
             contrast, found = moco_loss(self.head(feat, e_t), key)
-            stats |= {"loss_contrast": contrast.detach()} | found
+            stats |= {"loss_contrast": contrast} | found
             loss = loss + self.gamma * contrast
-        return loss, stats | {"loss": loss.detach()}
+        return loss, {"loss": loss} | stats
 
 
 @torch.no_grad()
-def teacher_key(ema, projector, diffusion, view):
-    """Key (B, 256) of the EMA network at its fixed level, from a second view; the pass stops at --layer. [P]"""
-    x_t, t = diffusion.inputs(view["x0"], view["level"], view["noise"])
-    return projector(*ema(x_t, t, aug=view["aug"], feat="only"))
-
-
-def draw_views(n, shape, diffusion, args, generator):
-    """The random numbers of a whole batch: of the denoiser's view and, with --cl, of the teacher's at its level t*.
-
-    Every rank draws them all and keeps its rows, so that the result does not depend on how many ranks share a batch.
-    """
-    views, device = [], generator.device
-    for level in (None, args.cl_t) if args.cl > 0 else (None,):
-        view = {
-            "flip": torch.rand(n, generator=generator, device=device) < 0.5,
-            "level": diffusion.draw_level(n, generator) if level is None else torch.full((n,), level, device=device),
-            "noise": torch.randn(n, *shape, generator=generator, device=device),
-        }
-        if args.aug > 0:
-            view["params"] = gate_augment(draw_augment(n, generator), args.aug)  # (n, 8)
-        views.append(view)
-    return views
-
-
-def make_view(images, draws):
-    """uint8 (B, 3, H, W) and its draws -> what diffusion.loss takes: x0 in [-1, 1], level, noise, aug."""
-    x0, draws = to_x0(images), dict(draws)
-    x0 = torch.where(draws.pop("flip").view(-1, 1, 1, 1), x0.flip(3), x0)
-    if "params" not in draws:
-        return {"x0": x0, "aug": None} | draws
-    params = draws.pop("params")
-    return {"x0": augment(x0, params), "aug": augment_label(params)} | draws
-
-
-def learning_rate(args, step, per_epoch, total):
-    """Linear warm-up, constant, and with --cooldown a linear fall to 0 at the end ([P] Tab. 8 has none)."""
-    warm = min(1.0, (step + 1) / max(1.0, args.warmup * per_epoch))
-    return args.lr * max(0.0, min(warm, (total - step) / max(1.0, args.cooldown * total)))
+def teacher_key(ema, projector, diffusion, view, level):
+    """Key (B, 256) of the EMA network, of a second view at a fixed level of its own; the pass stops at --layer. [P]"""
+    x0, _, noise, _, aug = view
+    x_t, t = diffusion.inputs(x0, level, noise)
+    return projector(*ema.encode(x_t, t, aug=aug))  # the teacher is never told a class
 
 
 def main(args):
-    """Train. Writes last.pt, epoch_NNNN.pt, metrics.jsonl, args.json and samples_NNNN.png into args.out."""
+    """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json and samples_NNNN.png."""
     # 1. Where we run, and how the batch is cut.
     rank, world, device = setup_distributed(args.device)
-    cuda = device.type == "cuda"
-    if args.batch % (world * args.accum):
+    cuda, last = device.type == "cuda", Path(args.out, "last.pt")
+    local = args.batch // (world * args.accum)  # images of one rank in one pass
+    if args.batch != local * world * args.accum:
         fail(f"--batch {args.batch} is not divisible by ranks x accumulation = {world} x {args.accum}")
-    local = args.batch // (world * args.accum)
-    if not args.bench:
-        check_out(args)
-    if args.amp == "auto":  # bf16 in hardware, or else fp16
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    autocast = torch.autocast(device.type, dtype=amp, enabled=amp is not None)
+    if last.is_file() and not args.resume:
+        fail(f"--out {args.out} holds a run: add --resume to go on, or choose another --out")
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
+    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
+    torch.backends.cudnn.benchmark = True
 
-    # 2. Data: whole, on the device.
-    images, labels, classes = training_set(args, device)
+    # 2. Data: whole, on the device, unless they would fill half of it.
+    nothing = torch.empty(args.batch), torch.empty(args.batch), []  # enough for --max-steps 0
+    images, labels, classes = nothing if args.max_steps == 0 else load_data(args, "train")
     if len(images) < args.batch:
-        fail(f"--batch {args.batch} is more than the {len(images)} training images of {args.dataset}: take fewer")
-    if args.data_device != "cpu":
-        try:
-            images, labels = images.to(device), labels.to(device)
-        except torch.OutOfMemoryError:
-            fail(f"{images.nbytes / 1e9:.1f} GB of data do not fit {device}: use --data-device cpu")
+        fail(f"--batch {args.batch} is more than the {len(images)} training images: take fewer")
+    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
+    end = total if args.max_steps is None else min(total, args.max_steps)
 
     # 3. Network, its average, the head, the optimiser.
     torch.manual_seed(args.seed)
     net, diffusion = build(args)
-    if net.classes and not len(classes) <= net.classes:
-        fail(f"--cond {net.classes}: {args.dataset} has {len(classes)} classes; give their number, or --cond alone")
     if args.init and not args.resume:
         load_weights(net, args.init)
-    head = None
-    if args.cl > 0:
-        head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden)
+    head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
     objective = Objective(net, diffusion, head, args.cl).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     ema_projector = copy.deepcopy(head.projector).requires_grad_(False) if head else None
-    modules = {"model": net, "ema": ema, "diffusion": diffusion}
-    modules |= {"head": head, "ema_projector": ema_projector} if head else {}
     optimizer = make_optimizer(objective, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    step = load_run(args, modules, optimizer, scaler) if args.resume and not args.bench else 0
-    if rank == 0:
-        added = sum(p.numel() for name, p in net.named_parameters() if name.startswith(ADDED))
-        print(f"{args.model}, {type(net).__name__}: {sum(p.numel() for p in net.parameters()):,} parameters, of which "
-              f"{added:,} of the paper's own; feature {args.layer} ({net.feat_dim} channels)")
-        print(f"{args.dataset}: {len(images):,} images of {args.resolution} px, "
-              f"{args.epochs} epochs of {per_epoch} steps")
-        print(f"batch {args.batch} in total = {world} ranks x {args.accum} accumulation x {local} images; "
-              f"{device}, autocast {amp or 'off'}")
-
-    # 4. One pass over this rank's rows; the loop calls it args.accum times per step.
-    def forward(rows, draws, module):
-        batch = images[rows]
-        batch = batch.pin_memory().to(device, non_blocking=True) if cuda and not batch.is_cuda else batch
-        views = [make_view(batch, d) for d in draws]
-        with autocast:
-            key = teacher_key(ema, ema_projector, diffusion, views[1]) if head else None
-            return module(views[0], key)
-
-    generator = torch.Generator(device)
-    flops = 0
-    if args.bench:
-        draws = draw_views(2, net.shape, diffusion, args, generator)
-        flops = count_flops(lambda: forward(slice(2), draws, objective)[0].backward(), 2)
-        optimizer.zero_grad(set_to_none=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    parts = {"model": net, "ema": ema, "diffusion": diffusion, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"head": head, "ema_projector": ema_projector} if head else {}
+    step = load_run(last, parts) if args.resume else 0
     if args.compile or (args.compile is None and cuda):
         net.compile()
-        ema.compile()
-    ddp = objective
-    if world > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer versions give broadcast_buffers another name
-            ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ema.encode = torch.compile(ema.encode)
+    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+    if rank == 0:
+        about = {"args": vars(args), "classes": classes, "ranks": world, "torch": torch.__version__}
+        start_run(args, net, step, about | {"gpu": torch.cuda.get_device_name() if cuda else None})
+        print(f"batch {args.batch} = {world} ranks x {args.accum} accumulation x {local} images; {device}, {amp}")
+    bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
+    # SIGTERM and SIGINT finish the step and save. The first save comes after a minute.
+    generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    saved = time.time() - SAVE_SECONDS + 60
+    if step == end == 0 and rank == 0:
+        save_run(args, parts, 0, 0, keep=False)
 
-    # 5. The loop.
-    end = total if args.max_steps is None else min(total, args.max_steps)
-    warm = max(3, args.bench // 10) if args.bench else None
-    end = warm + args.bench if args.bench else end
-    if rank == 0 and not args.bench:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
-    header = {"classes": classes, "ranks": world, "torch": torch.__version__,
-              "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-              "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    log, stop = MetricsLog(args, step, end, rank, header), StopSignal()
+    # 4. The loop.
     objective.train()
-    order_epoch, saved, stopping = None, time.time(), 0
-    about = {"script": Path(__file__).stem, "args": vars(args)}
-    if end == 0 and rank == 0:  # --max-steps 0: a checkpoint of the weights as they came
-        save_run(args, about | {"epoch": 0, "step": 0}, modules, optimizer, scaler)
     while step < end:
-        if step == warm:
-            start = synchronized_time(device)
-        # 1. Every random number follows from (seed, step): a resumed run repeats an unbroken one.
+        # 1. Data. Every random number follows from (seed, step), so a resumed run repeats an unbroken one. All ranks
+        #    draw for the whole batch and keep their rows, so that it does not matter how many ranks share it.
+        epoch, first = divmod(step, per_epoch)
+        if order is None or first == 0:
+            shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
+            order = torch.randperm(len(images), generator=shuffle).to(images.device)
+        rows = order[first * args.batch :][: args.batch]
         generator.manual_seed(seeded(args.seed, 0, step))
         torch.manual_seed(seeded(args.seed, 1, step, rank))  # dropout, the only draw that sees the ranks
-        if step // per_epoch != order_epoch:
-            order_epoch = step // per_epoch
-            shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, order_epoch))
-            order = torch.randperm(len(images), generator=shuffle).to(images.device)
-        rows = order[step % per_epoch * args.batch :][: args.batch]
-        draws = draw_views(args.batch, net.shape, diffusion, args, generator)
-        if net.classes:  # some images come without their label, with the null class; the teacher never sees one
-            drop = torch.rand(args.batch, generator=generator, device=device) < args.label_drop
-            draws[0]["y"] = torch.where(drop, net.classes, labels[rows].to(device, non_blocking=True))
+        drawn = [draw_numbers(args.batch, net.shape, diffusion, generator) for _ in range(2 if head else 1)]
+        stats = {}
         for micro in range(args.accum):
-            mine = slice((micro * world + rank) * local, (micro * world + rank + 1) * local)
-            sync = micro == args.accum - 1 or world == 1
-            with contextlib.nullcontext() if sync else ddp.no_sync():
-                # 2. The teacher's key, then one forward pass for both losses.
-                loss, stats = forward(rows[mine], [{k: v[mine] for k, v in d.items()} for d in draws], ddp)
-                # 3. Gradients.
-                scaler.scale(loss / args.accum).backward()
-            log.add(stats)
-        # 4. Update the weights, then their average. UNSPECIFIED: the decay warms up, for the sake of short runs; it
-        #    is 0.9955 after 2 000 steps, 0.9999 after 90 000.
+            begin = (micro * world + rank) * local
+            mine = slice(begin, begin + local)
+            batch, y = images[rows[mine]], labels[rows[mine]]
+            if batch.device != device:
+                batch, y = (part.pin_memory().to(device, non_blocking=True) for part in (batch, y))
+            views = [make_view(batch, y, [part[mine] for part in numbers], args) for numbers in drawn]
+            # 2. The teacher's key from the second view, then one forward pass on the first for both losses.
+            ddp.require_backward_grad_sync = micro == args.accum - 1
+            with autocast:
+                key = teacher_key(ema, ema_projector, diffusion, views[1], args.cl_t) if head else None
+                loss, found = ddp(*views[0], key)  # x0, level, noise, y, aug, key
+            scaler.scale(loss / args.accum).backward()
+            stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
+        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for the sake of short runs.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [P] Tab. 8
-        log.add({"grad_norm": grad_norm if amp is not torch.float16 else grad_norm.nan_to_num(0, 0, 0)})
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; [P] does not say
+        stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # fp16 skips such steps
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1458,36 +955,38 @@ def main(args):
         if head:
             ema_update(ema_projector, head.projector, decay)
 
-        # 5. Report and save. Nothing below changes the numbers above.
-        log.bar.update()
-        epoch, ended = step // per_epoch, step % per_epoch == 0
-        stopping = stop.agreed()  # SIGTERM or SIGINT: nothing is lost
-        keep = ended and (epoch % args.save_every == 0 or step == total)
-        draw_grid = args.sample_every > 0 and (ended and epoch % args.sample_every == 0 or step == end)
-        if step % args.log_every == 0 or keep or draw_grid or step == end:
-            log.write(step, epoch, lr, args.batch)
-        if rank == 0 and not args.bench:
-            state = about | {"epoch": epoch, "step": step}
-            if keep or stopping or step == end or (ended and time.time() - saved > 900):
-                log.check()
-                save_run(args, state, modules, optimizer, scaler)
-                saved = time.time()
-            if keep:
-                save_checkpoint(Path(args.out) / f"epoch_{epoch:04d}.pt", ema=ema.state_dict(), **state)
-            if draw_grid:
+        # 4. Report and save. Nothing below changes the numbers above.
+        bar.update()
+        epoch = step // per_epoch
+        keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
+        wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
+        if world > 1:
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: the GPU is not waited for
+        stop, due = wanted.tolist()
+        line, save = step % LOG_EVERY == 0, keep or due or stop or step == end
+        if line or save:
+            values = all_finite(stats, args.out)
+        if line and rank == 0:
+            speed, since = (step - since[0]) * args.batch / (time.time() - since[1]), (step, time.time())
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} img/s")
+            with open(last.with_name("metrics.jsonl"), "a") as file:
+                file.write(json.dumps({"step": step, "epoch": epoch, "lr": lr, **values, "img_per_s": speed}) + "\n")
+        saved = time.time() if save else saved
+        if save and rank == 0:
+            save_run(args, parts, epoch, step, keep)
+            if keep or step == end:
                 save_grid(args, ema, diffusion, device, epoch)
-                log.restart(step)
-        if stopping:
+        if stop:
             break
-    log.bar.close()
-    stop.restore()
-    if args.bench and step == end and rank == 0:
-        report_bench(args, synchronized_time(device) - start, flops, device, world)
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
-    if stopping:
-        print(f"stopped after step {step}: the same command with --resume goes on", file=sys.stderr)
-        raise SystemExit(128 + stopping)
+    if rank == 0:
+        print(f"wrote {last}; next: " + ("the same command with --resume" if stop else f"python probe.py {args.out}"))
+    if stop:
+        raise SystemExit(128 + stop)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Shared by all tests: the golden fixtures and their regenerated weights."""
 
+import argparse
 import importlib
 import json
 import os
@@ -55,18 +56,25 @@ def golden():
     return Golden
 
 
+def shrink(script):
+    """What makes a train script's runs short: 64 shapes, 8 steps of batch 8; no samples; and each step has its line."""
+    draw = script.draw_shapes
+    return {"draw_shapes": lambda n, *rest: draw(64, *rest), "save_grid": lambda *_: None, "LOG_EVERY": 1}
+
+
 @pytest.fixture(scope="module")
 def fewer_shapes():
-    """64 images instead of 10 000 in every train script of this process, so that an epoch of batch 8 is 8 steps."""
+    """All train scripts of this process, shrunk."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("train_unet", "train_uvit", "train_dit"):
             script = importlib.import_module(name)
-            patch.setattr(script, "draw_shapes", lambda n, seed, draw=script.draw_shapes: draw(64, seed))
+            for key, value in shrink(script).items():
+                patch.setattr(script, key, value)
         yield
 
 
 def metrics(out):
-    """The lines of a run's metrics.jsonl after its header."""
+    """The lines of a run's metrics.jsonl after its first, which says what was run."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
 
 
@@ -76,9 +84,17 @@ def load(out, name="last.pt"):
 
 
 def launch(n, script, *flags):
-    """A script in a process of its own, or under torchrun with n gloo ranks; it must end with status 0."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-    command, env = [sys.executable, *ranks, str(ROOT / script), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
+    """A script in a process of its own, or under torchrun with n gloo ranks; it must end with status 0.
+
+    Train scripts are shrunk as by fewer_shapes: a line of Python in front of their main does it on every rank.
+    """
+    program = [str(ROOT / script)]
+    if script.startswith("train_"):
+        start = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import conftest"
+        rest = "vars(s).update(conftest.shrink(s)); s.main(s.parse_args())"
+        program = ["-c", f"{start}; import {Path(script).stem} as s; {rest}"]
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--no-python", sys.executable]
+    command, env = [sys.executable, *(ranks if n > 1 else []), *program, *flags], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
@@ -91,11 +107,29 @@ def check_equal_steps(a, b, rel):
             assert one[key] == pytest.approx(two[key], rel=rel, abs=1e-5), (one["step"], key)
 
 
+def distance(script, a, b):
+    """How far apart the weights of runs a and b ended, relative to how far a has moved from its start."""
+    args, one, two = argparse.Namespace(**load(a)["args"]), load(a)["model"], load(b)["model"]
+    torch.manual_seed(args.seed)
+    start = script.build(args)[0].state_dict()
+    apart, moved = (sum((one[k] - other[k]).square().sum() for k in one) for other in (two, start))
+    return (apart / moved).sqrt().item()
+
+
+def check_same(x, y, where):
+    """Two states made of dicts, lists, tensors and numbers agree bit for bit."""
+    assert type(x) is type(y), where
+    if isinstance(x, dict | list):
+        assert len(x) == len(y) and (isinstance(x, list) or x.keys() == y.keys()), where
+        for k in x if isinstance(x, dict) else range(len(x)):
+            check_same(x[k], y[k], f"{where}.{k}")
+    else:
+        assert x.equal(y) if isinstance(x, torch.Tensor) else x == y, where
+
+
 def check_resumed(a, b, whole, parts):
-    """Run b, stopped and resumed, equals the unbroken run a bit for bit, in weights and in what it logged."""
-    first, second = load(a), load(b)
-    for key in ("model", "ema", "head", "ema_projector"):
-        assert all(first[key][k].equal(v) for k, v in second[key].items()), key
+    """Run b, stopped and resumed, equals the unbroken run a bit for bit, in its whole state and in what it logged."""
+    check_same(*({k: v for k, v in load(run).items() if k != "args"} for run in (a, b)), "last.pt")
     for line in whole + parts:
         line.pop("img_per_s")
-    assert whole == parts
+    assert whole and whole == parts

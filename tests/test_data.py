@@ -8,6 +8,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import train_unet as T
@@ -29,22 +30,24 @@ def make_folder(root, name="mine", splits=("train", "test"), classes=("cat", "do
 
 def test_class_folders_are_read_and_cached(tmp_path):
     make_folder(tmp_path)
-    images, labels, classes = T.read_data(args(tmp_path), "train")
+    images, labels, classes = T.load_data(args(tmp_path), "train")
     assert images.dtype == torch.uint8 and images.shape == (6, 3, 8, 8) and labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert classes == ["cat", "dog"]
     first = np.asarray(Image.open(tmp_path / "mine/train/cat/0.png"))
     assert (images[0].permute(1, 2, 0).numpy() == first).all()  # not resized, not touched
     assert len(list((tmp_path / "mine/.cache").iterdir())) == 1
     again = T.load_data(args(tmp_path), "train")
-    assert again[0].equal(images) and again[1].equal(labels)
+    assert again[0].equal(images) and again[1].equal(labels) and again[2] == classes
     (tmp_path / "mine/train/cat/0.png").unlink()  # a changed folder is read anew
     assert len(T.load_data(args(tmp_path), "train")[0]) == 5
 
 
-def test_test_split_uses_the_training_classes(tmp_path):
-    make_folder(tmp_path, splits=("train",))
-    make_folder(tmp_path, splits=("val",), classes=("dog",))
-    assert T.load_data(args(tmp_path), "test")[1].tolist() == [1, 1, 1]
+def test_val_stands_in_for_test(tmp_path):
+    make_folder(tmp_path, splits=("train", "val"), n=2)
+    images, labels, classes = T.load_data(args(tmp_path), "test")
+    assert labels.tolist() == [0, 0, 1, 1] and classes == ["cat", "dog"]
+    last = np.asarray(Image.open(tmp_path / "mine/val/dog/1.png"))
+    assert (images[3].permute(1, 2, 0).numpy() == last).all()
 
 
 def test_center_crop_and_resize(tmp_path):
@@ -53,7 +56,7 @@ def test_center_crop_and_resize(tmp_path):
     wide[:, 32:64] = (200, 100, 50)
     (tmp_path / "mine/train/a").mkdir(parents=True)
     Image.fromarray(wide).save(tmp_path / "mine/train/a/0.png")
-    images, _ = T.load_data(args(tmp_path, resolution=8), "train")
+    images, _, _ = T.load_data(args(tmp_path, resolution=8), "train")
     assert images.shape == (1, 3, 8, 8)
     inner = images[0, :, :, 1:7].flatten(1).float()
     assert (inner - torch.tensor([[200.0], [100.0], [50.0]])).abs().max() <= 12  # bicubic rings a little at the edges
@@ -77,8 +80,8 @@ def test_tiny_imagenet_layout(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("unknown", "no folder"), ("empty", "no images"), ("text", "not an image"), ("no-test", "no test/"),
-     ("class", "fish")],
+    [("unknown", "no folder"), ("empty", "fish"), ("text", "not an image"), ("no-test", "test/ or val/"),
+     ("class-more", "same classes"), ("class-less", "same classes")],
 )  # fmt: skip
 def test_mistakes(kind, says, tmp_path, capsys):
     flags, split = args(tmp_path), "train"
@@ -90,13 +93,13 @@ def test_mistakes(kind, says, tmp_path, capsys):
         (tmp_path / "mine/train/cat/9.png").write_text("I am not an image")
     if kind == "no-test":
         split = "test"
-    if kind == "class":
-        make_folder(tmp_path, splits=("test",), classes=("fish",))
+    if kind.startswith("class"):
+        make_folder(tmp_path, splits=("test",), classes=("cat", "dog", "fish") if kind == "class-more" else ("dog",))
         split = "test"
     with pytest.raises(SystemExit) as stop:
         T.load_data(flags, split)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and [x for x in error.splitlines() if x.startswith("error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and says in errors[0], errors
 
 
 def test_cifar_without_network(tmp_path, capsys, monkeypatch):
@@ -110,17 +113,19 @@ def test_cifar_without_network(tmp_path, capsys, monkeypatch):
 
 
 def test_shapes_are_the_same_for_everyone():
-    images, labels = T.draw_shapes(500, 0)
-    assert images.shape == (500, 3, 16, 16) and labels.bincount().tolist() == [50] * 10
-    again = T.draw_shapes(500, 0)
+    images, labels = T.draw_shapes(500, 0, 16)
+    assert images.shape == (500, 3, 16, 16) and labels.bincount().tolist() == [50] * len(T.SHAPES)
+    again = T.draw_shapes(500, 0, 16)
     assert again[0].equal(images) and again[1].equal(labels)
-    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "f1ca0b463c27c765"
-    assert not T.draw_shapes(500, 1)[0].equal(images)
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "e5fc3b1812f40654"
+    assert not T.draw_shapes(500, 1, 16)[0].equal(images)
+    large, same = T.draw_shapes(500, 0, 32)  # the same scenes at any side
+    assert same.equal(labels) and (F.avg_pool2d(large.float(), 2) - images).abs().max() <= 1
 
 
 def test_shapes_are_hard_for_raw_pixels():
     """Ridge regression on raw pixels, the closed form of a linear probe: above chance, below a third."""
-    (x, y), (x_test, y_test) = T.draw_shapes(6000, 0), T.draw_shapes(2000, 1)
+    (x, y), (x_test, y_test) = T.draw_shapes(6000, 0, 16), T.draw_shapes(2000, 1, 16)
     x, x_test = (torch.cat([T.to_x0(i).flatten(1), torch.ones(len(i), 1)], 1).double() for i in (x, x_test))
     w = torch.linalg.solve(x.T @ x + 100 * torch.eye(x.shape[1]), x.T @ torch.eye(10, dtype=torch.float64)[y])
     accuracy = ((x_test @ w).argmax(1) == y_test).double().mean().item()
@@ -133,13 +138,15 @@ def test_range_and_round_trip():
     assert x0.min() == -1 and x0.max() == 1 and x0.dtype == torch.float32
     assert T.to_uint8(x0).equal(images)
     assert T.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    pair = T.to_x0(torch.cat([images, images]), flip=torch.tensor([False, True]))
+    assert pair[:1].equal(x0) and pair[1:].equal(x0.flip(3)) and not pair[1].equal(pair[0])
 
 
 @pytest.mark.skipif("DDAE_DATA" not in os.environ, reason="set DDAE_DATA to a folder with cifar10/ and cifar100/")
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
 def test_real_cifar(name, classes):
     flags = args(os.environ["DDAE_DATA"], name, 32)
-    images, labels, names = T.read_data(flags, "train")
+    images, labels, names = T.load_data(flags, "train")
     assert images.shape == (50_000, 3, 32, 32) and len(names) == classes
     assert labels.bincount().tolist() == [50_000 // classes] * classes
     assert len(T.load_data(flags, "test")[0]) == 10_000

@@ -23,13 +23,13 @@ def test_unet(golden, name):
     assert sum(p.numel() for p in net.parameters()) == f.param_count
     runs = {"": None} | ({"_aug": f.inputs["aug"]} if "aug" in f.inputs else {})
     for suffix, aug in runs.items():
-        taps = {}
-        out = net(f.inputs["x"], f.inputs["t"], aug=aug, tap=lambda k, h, taps=taps: taps.update({k: h.mean((2, 3))}))
-        f.check(f"final{suffix}", out)
+        maps = {}
+        net.run(f.inputs["x"], f.inputs["t"], None, aug, maps=maps)
+        f.check(f"final{suffix}", net(f.inputs["x"], f.inputs["t"], aug=aug))
         f.check(f"time_emb{suffix}", net.time_emb(f.inputs["t"], aug))
-        for k, v in taps.items():
-            f.check(f"gap_{k}{suffix}", v)
-        assert f"gap_out_{len(taps) + 1}" not in f.outputs
+        for k, h in maps.items():
+            f.check(f"gap_{k}{suffix}", h.mean((2, 3)))
+        assert f"gap_out_{len(maps) + 1}" not in f.outputs
     features = net.features(f.inputs["x"], f.inputs["t"])
     assert list(features) == net.layers
     for k, v in features.items():
@@ -52,14 +52,10 @@ def test_full_size_parameter_counts(backbone, aug_dim, count):
 def test_attention_is_placed_by_resolution(backbone, resolution, sides):
     """The first decoder block's side follows the depth; attention must sit at side 16 wherever that level is."""
     net = T.UNet(resolution, **T.BACKBONES[backbone] | {"width": 32})
-    found, blocks = set(), []
-    net.features(torch.zeros(1, 3, resolution, resolution), torch.zeros(1))
-    net(torch.zeros(1, 3, resolution, resolution), torch.zeros(1), tap=lambda name, h: blocks.append(h.shape[-1]))
-    decoder = [b for b in net.up if isinstance(b, T.UNetBlock)]
-    for side, block in zip(blocks, decoder, strict=True):
-        if isinstance(block.attn, T.Attention):
-            found.add(side)
-    assert found == sides
+    maps, decoder = {}, [b for b in net.up if isinstance(b, T.UNetBlock)]
+    net.run(torch.zeros(1, 3, resolution, resolution), torch.zeros(1), None, None, maps=maps)
+    found = zip([h.shape[-1] for h in maps.values()], decoder, strict=True)
+    assert {side for side, block in found if isinstance(block.attn, T.Attention)} == sides
 
 
 def test_ddpm(golden):
@@ -110,7 +106,7 @@ def test_edm(golden):
     x = diffusion.add_noise(x0, sigma, noise)
     f.check("x_noised", x)
     f.check("D_x", diffusion.denoise(net, x, sigma))
-    f.check("D_x_aug", diffusion.denoise(net, x, sigma, aug=aug))
+    f.check("D_x_aug", diffusion.denoise(lambda x, t, y: net(x, t, y, aug), x, sigma))
     f.check("loss", diffusion.loss(net, x0, sigma, noise)[0])
     f.check("loss_aug", diffusion.loss(net, x0, sigma, noise, aug=aug)[0])
     level = f.outputs["feature_sigmas_18"][f.inputs["feature_t"] - 1].item()
@@ -129,7 +125,7 @@ def test_heun(golden):
     f = golden("diffusion_heun")
     net, diffusion, sigmas, states = network(f.config["network"], f), T.EDM(), [], []
 
-    def recording(x, t, y=None, aug=None):
+    def recording(x, t, y=None):
         sigmas.append(math.exp(4 * t[0].item()))
         states.append(x[0] * (math.exp(8 * t[0].item()) + 0.25) ** 0.5)  # undo c_in
         return net(x, t)
@@ -148,11 +144,15 @@ def test_augmentation(golden, name):
     assert torch.tensor(T.SYM6, dtype=torch.float64).equal(f.inputs["sym6"])
     for batch, want in f.outputs.items():
         draws, n = f.inputs["draws"][batch], len(want["labels"])
+        names = "xflip yflip rotate_u aniso_u gate_yflip gate_scale gate_rotate gate_aniso gate_translate".split()
+        uniform = torch.stack([draws[k].float() for k in [*names, "gate_aniso_rotate"]], dim=1)
+        uniform[:, :2] = 1 - uniform[:, :2]  # recorded as 1: flipped; here below one half
+        normal = torch.stack([draws["scale"], draws["aniso_w"], *draws["translate"]], dim=1)
         p = want.get("p", f.config.get("p")) or (0.4 if batch == "gated" else 1.0)
-        params, known = T.gate_augment(draws, p), want["params"]
+        (params, label), known = T.gate_augment(uniform, normal, p), want["params"]
         columns = [known[k] for k in ("xflip", "yflip", "scale", "rotate", "aniso", "aniso_angle")]
         f.check(batch, params, torch.stack([*(c.float() for c in columns), *known["translate"]], dim=1))
-        f.check(batch, T.augment_label(params), want["labels"])
+        f.check(batch, label, want["labels"])
         images, known = T.augment(T.to_x0(f.inputs["images_uint8"][:n]), params), want["images"]
         if batch == "all":  # the reference pads a corner of one image too little; in float64 ours is the exact one
             off = (images - known).abs() > 1e-5

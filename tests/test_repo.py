@@ -1,4 +1,4 @@
-"""What holds across files: shared text, the seam, no dead flags, and a README that names what exists."""
+"""What holds across files: shared text, the seam, sizes, no dead flags, and a README that names what exists."""
 
 import ast
 import inspect
@@ -10,11 +10,12 @@ from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
-MAY_DIFFER = {"build", "parse_args", "make_optimizer"}  # what each script is about
-LATENTS = {"load_data", "training_set", "decoder", "draw_views", "make_view"}  # where train_dit.py's data come in
+MAY_DIFFER = {"build", "parse_args", "make_optimizer", "make_view"}  # what each script is about
+LATENTS = {"load_data", "to_x0", "decoder", "save_grid"}  # where train_dit.py's data come in, and go out
+FLAGS = {"train_unet": 26, "train_uvit": 28, "train_dit": 28}
 TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
-SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images"],
-        "to_uint8": ["x0"], "main": ["args"]}  # fmt: skip
+SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images", "flip"],
+        "to_uint8": ["x0"], "decoder": ["args", "device", "vae"], "main": ["args"]}  # fmt: skip
 
 
 def blocks(path):
@@ -37,7 +38,7 @@ def test_same_name_means_same_text():
         same = (found[a].keys() & found[b].keys()) - free
         for name in same:
             assert found[a][name] == found[b][name], f"{name} differs between {a} and {b}"
-        assert len(same) >= 35 or not train, len(same)  # the comparison is not empty
+        assert len(same) >= 30 or not train, len(same)  # the comparison is not empty
 
 
 def test_train_scripts_have_the_same_sections():
@@ -59,11 +60,25 @@ def test_seam(path):
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert not ours & set(names)
     net, diffusion = module.build(module.parse_args(TINY[path.stem]))
-    assert list(inspect.signature(net.forward).parameters)[:4] == ["x", "t", "y", "aug"]
+    assert list(inspect.signature(net.forward).parameters) == ["x", "t", "y", "aug", "with_feat"]
+    assert list(inspect.signature(net.encode).parameters) == ["x", "t", "y", "aug"]
     assert list(inspect.signature(net.features).parameters) == ["x", "t", "y", "pool"]
     assert list(inspect.signature(diffusion.add_noise).parameters) == ["x0", "level", "noise"]
     assert list(inspect.signature(diffusion.features).parameters) == ["net", "x0", "level", "noise", "y", "pool"]
     assert list(inspect.signature(diffusion.sample).parameters)[:2] == ["net", "noise"]
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
+def test_main_and_flags_stay_few(path, capsys):
+    """A loop that is read in one go: main of at most 135 lines, at most 12 `if` in the loop, and few flags."""
+    (main,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    (loop,) = (n for n in main.body if isinstance(n, ast.While))
+    assert main.end_lineno - main.lineno < 135
+    assert sum(isinstance(n, ast.If) for n in ast.walk(loop)) <= 12
+    with pytest.raises(SystemExit):
+        __import__(path.stem).parse_args(["--help"])
+    flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(set(flags)) == len(flags) and 20 < len(flags) <= FLAGS[path.stem], flags
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -76,7 +91,7 @@ def test_every_flag_is_read(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_citations_are_defined(path):
-    keys = r"\[(P|EDM2?|DDPM|DDIM|RF|MoCo|UViT|L?DiT|RoPE|KL|SD3|CFG|Int|FID|IS)\]"
+    keys = r"\[(P|DDAE|EDM2?|DDPM|DDIM|RF|MoCo|UViT|L?DiT|RoPE|KL|SD3|CFG|Int|FID|IS)\]"
     text = path.read_text()
     head = ast.get_docstring(ast.parse(text))
     assert "arXiv:2505.10999" in head
