@@ -1,6 +1,6 @@
 """Draw images from any checkpoint of this repository with the sampler that its formulation was trained for.
 
-    python sample.py runs/NAME                                        # an 8 x 8 grid, next to the checkpoint
+    python sample.py runs/NAME --labels 3 7 12                        # a grid beside the checkpoint, a column per class
     python sample.py runs/A runs/B --n 12 --out rows.png              # a row per checkpoint, same noise in a column
     torchrun --nproc_per_node=4 -- sample.py runs/NAME --n 50000 --out samples.npz   # the -- keeps --n from torchrun
 
@@ -9,62 +9,58 @@ used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 ev
 """
 
 import argparse
-import dataclasses
 import importlib
 import inspect
+import math
 import os
-import pickle
 import sys
-import time
-import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # the only code that a checkpoint may name
 BLOCK = 256  # images that are solved as one ODE: RK45 picks its steps for all of them, so this is fixed
+TILE, MOST_COLUMNS = 64, 20  # pictures: least side of a tile; with more classes a class has no column
 
 
-def fail(message):
+def fail(message, status=2):
     """Report the user's mistake: one line on stderr, exit status 2, as argparse does."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # above an open bar
+    raise SystemExit(status)
 
 
 def setup_distributed(device):
-    """Join torchrun's process group, or stay one process.
-
-    Args:
-        device: the --device flag: "auto", "cpu", "cuda" or "cuda:N".
-    Returns:
-        rank, world, torch.device. NCCL carries GPU tensors, gloo CPU tensors.
-    """
+    """Join torchrun's process group, if any: --device auto, cpu or cuda -> rank, world, torch.device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            fail(f"--device {device}: this torch sees no GPU; use --device cpu")
-        if ":" in device and world > 1:
-            fail(f"--device {device}: torchrun gives every rank a GPU of its own; use --device cuda")
-        device = device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: this torch sees no GPU; use --device cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return rank, world, torch.device(device)
+    if world > 1:  # tensors on the host go through gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return rank, world, device
 
 
-@dataclasses.dataclass
-class Model:
+def read_checkpoint(path):
+    """torch.load of tensors and plain types only: no code that a file may carry is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file may raise anything
+        fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
+
+
+class Model(NamedTuple):
     """What a checkpoint gives: the EMA network in eval mode and everything needed to use it."""
-
     path: Path
     script: object  # the imported train script
     args: argparse.Namespace  # the flags it was trained with
@@ -74,190 +70,134 @@ class Model:
     step: int
 
     def __str__(self):
-        a = self.args
-        return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {a.model} on {a.dataset}"
-
-
-def read_checkpoint(path):
-    """torch.load of tensors and plain types only: no code that a file may carry is run. Exit status 2 if it cannot."""
-    if not Path(path).is_file():
-        fail(f"{path} does not exist, or is no file: check the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice about foreign pickles is not for our users
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        fail(f"{path} cannot be read as a checkpoint (damaged, cut short, or not plain torch.save); use another")
+        flags = f"{self.args.model} on {self.args.dataset}"
+        return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {flags}"
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint and rebuild its EMA network with the script that wrote it.
+    """Rebuild the EMA network of a checkpoint (a .pt file, or a run folder's last.pt) with the script that wrote it.
 
-    Args:
-        path: a .pt file of a train script, or a run folder (then its last.pt).
-        device: where the network goes.
-    Returns:
-        Model, in eval mode, without gradients.
-    Ends with exit status 2 where the file is missing, damaged or not one of our checkpoints. Nothing is unpickled
-    but tensors and plain types, and no code is imported but that of SCRIPTS.
+    The Model is in eval mode and frozen by requires_grad_(False), so that a head can be trained on its features.
+    Exit status 2 where the file is missing, damaged or not ours. No code is run but that of SCRIPTS.
     """
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"script", "args", "ema", "epoch", "step"} <= state.keys():
-        fail(f"{path} is no checkpoint of this repository: it needs the keys script, args, ema, epoch and step")
-    if state["script"] not in SCRIPTS:
-        fail(f"{path} was written by {state['script']!r}; these tools read checkpoints of {', '.join(SCRIPTS)}")
+    if not isinstance(state, dict) or state.get("script") not in SCRIPTS:
+        fail(f"{path} is no checkpoint that {', '.join(SCRIPTS)} wrote: give the last.pt or epoch_*.pt of a run")
     script = importlib.import_module(state["script"])
-    args = argparse.Namespace(**state["args"])
-    net, diffusion = script.build(args)
-    try:
+    try:  # flags and weights may be anything, and so may what they raise
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("checksums differ")  # torch checks none
+        args = argparse.Namespace(**state["args"])
+        with torch.device("meta"):  # misfits are found before memory is taken
+            script.build(args)[0].load_state_dict(state["ema"], assign=True)
+        net, diffusion = script.build(args)
         net.load_state_dict(state["ema"])
-    except RuntimeError as error:
-        fail(f"{path}: weights do not fit the network that its flags describe: {' '.join(str(error).split())[:200]}")
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    diffusion = diffusion.to(device).eval()
-    return Model(path, script, args, net, diffusion, int(state["epoch"]), int(state["step"]))
+        net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return Model(path, script, args, net, diffusion.to(device).eval(), int(state["epoch"]), int(state["step"]))
+    except Exception as error:
+        fail(f"{path} is damaged, or its weights do not fit its flags' network: {' '.join(str(error).split())[:200]}")
 
 
-def initial_noise(indices, shape, seed):
-    """Unit Gaussian noise of the given image indices, (len(indices), *shape) float32 on the CPU, a seed per image."""
-    rows = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(rows))
+def class_labels(indices, classes, labels, seed):
+    """Class of each image, (len(indices),) int64: drawn by seed and index, or all classes or those listed in turn."""
+    if labels == "random":
+        return torch.tensor([int(np.random.default_rng((seed, i, 1)).integers(classes)) for i in indices])
+    return torch.tensor([i % classes if labels == "balanced" else labels[i % len(labels)] for i in indices])
 
 
-def class_labels(indices, classes, kind, seed):
-    """Class of each image, (len(indices),) int64: "balanced" (index modulo classes) or "random" (by seed and index)."""
-    if kind == "balanced":
-        return torch.tensor(list(indices)) % classes
-    return torch.tensor([int(np.random.default_rng((seed, i, 1)).integers(classes)) for i in indices])
-
-
-@torch.no_grad()
-def generate(model, n, rank=0, world=1, *, seed=0, steps=None, batch=256, amp=None, labels="balanced", vae=None,
-             **options):
-    """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ...
+def generate(model, n, rank=0, world=1, *, seed=0, batch=256, amp=None, labels="balanced", vae=None, **options):
+    """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ... Misfits end with exit status 2.
 
     Args:
-        model: from load_checkpoint.
-        n: number of images over all ranks.
-        seed: seed of the whole set; image i starts from noise that depends on (seed, i) only.
-        steps: sampler steps, None for the formulation's own.
-        batch: images per network evaluation (memory only, it changes nothing else).
-        amp: dtype of autocast, None for float32.
-        labels: of class_labels, where the network is class-conditional.
-        vae: file of the VA-VAE that decodes latents, None for the one of the training run.
-        options: what else diffusion.sample takes (cfg, cfg_interval, shift).
-    Yields:
-        (indices, images, nfe): a range, uint8 (len(indices), 3, H, W) on the CPU, network evaluations per image.
+        seed: of the whole set; image i starts from noise that depends on (seed, i) only.
+        batch: images per network evaluation (memory only). amp: dtype of autocast, None for float32.
+        labels: of a class-conditional network: "balanced" (i modulo classes), "random" or a list of classes.
+        vae: file of the VA-VAE, None for the training run's. options: of diffusion.sample (steps, cfg, ...).
+    Returns an iterator of indices (a range), images uint8 (B, 3, H, W) on the CPU, network evaluations per image.
     """
-    device = next(model.net.parameters()).device
+    device, classes = next(model.net.parameters()).device, model.net.classes
+    for name in options.keys() - inspect.signature(model.diffusion.sample).parameters.keys():
+        fail(f"--{name.replace('_', '-')}: {type(model.diffusion).__name__}, of {model.path}, has none; drop it")
+    if not classes and (options.keys() & {"cfg", "cfg_interval"} or isinstance(labels, list)):
+        fail(f"{model.path} is unconditional: drop --cfg, --cfg-interval and the numbers of --labels")
+    if isinstance(labels, list) and max(labels) >= classes:
+        fail(f"--labels: the classes of {model.path} are 0 to {classes - 1}")
     decode = model.script.decoder(model.args, device, vae)
-    options |= {} if steps is None else {"steps": steps}
-    for name in options:
-        if name not in inspect.signature(model.diffusion.sample).parameters:
-            fail(f"--{name.replace('_', '-')}: {type(model.diffusion).__name__}, of {model.path}, has none; drop it")
-    if options.keys() & {"cfg", "cfg_interval"} and not model.net.classes:
-        fail(f"--cfg and --cfg-interval guide by class labels, and {model.path} is unconditional: drop them")
-    calls = 0
 
     def net(x, t, y=None, aug=None):
-        """The network in pieces of `batch` images, counting evaluations."""
-        nonlocal calls
-        calls += 1
+        net.calls += 1
         pieces = [slice(i, i + batch) for i in range(0, len(x), batch)]
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             return torch.cat([model.net(x[i], t[i], None if y is None else y[i], aug) for i in pieces])
 
-    for first in range(rank * BLOCK, n, world * BLOCK):
-        calls, indices = 0, range(first, min(first + BLOCK, n))
-        noise = initial_noise(indices, model.net.shape, seed).to(device)
-        y = class_labels(indices, model.net.classes, labels, seed).to(device) if model.net.classes else None
+    @torch.no_grad()
+    def block(first):
+        net.calls, indices = 0, range(first, min(first + BLOCK, n))
+        noise = [np.random.default_rng((seed, i)).standard_normal(model.net.shape, dtype=np.float32) for i in indices]
+        noise = torch.from_numpy(np.stack(noise)).to(device)
+        y = class_labels(indices, classes, labels, seed).to(device) if classes else None
         x0 = model.diffusion.sample(net, noise, y=y, **options)
         if not torch.isfinite(x0).all():
             fail(f"{model.path}: the sampler returned NaN or infinity; the weights are broken, take an earlier epoch")
-        yield indices, decode(x0), calls
+        return indices, decode(x0).cpu(), net.calls
+
+    return map(block, range(rank * BLOCK, n, world * BLOCK))
 
 
-def gather_blocks(blocks, rank, world):
-    """Bring the blocks of all ranks to rank 0, round by round.
-
-    Args:
-        blocks: this rank's iterator of (indices, tensor, extra).
-    Yields:
-        on rank 0 every (indices, CPU tensor, extra) of all ranks; on other ranks nothing. Every rank must iterate.
-    """
-    if world == 1:
-        yield from ((indices, values.cpu(), extra) for indices, values, extra in blocks)
-        return
-    while True:
-        block = next(blocks, None)
-        received = [None] * world if rank == 0 else None
-        block = block and (block[0], block[1].cpu(), block[2])
-        dist.gather_object(block, received)  # rank 0 always has a block when any rank has one
-        more = [rank == 0 and any(b is not None for b in received)]
-        dist.broadcast_object_list(more)
-        if not more[0]:
-            return
-        if rank == 0:
-            yield from (b for b in received if b is not None)
+def draw_grid(images, columns, names):
+    """uint8 (N, H, W, 3) -> PIL image: tiles of at least TILE pixels in rows, each row's name left of it."""
+    scale = math.ceil(TILE / images.shape[1])
+    tiles = images.permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0)
+    margin = max((12 + int(ImageFont.load_default().getlength(name)) for name in names), default=0)
+    picture = ImageOps.expand(Image.fromarray(grid.numpy()), (margin, 0, 0, 0), "white")
+    for row, name in enumerate(names):
+        ImageDraw.Draw(picture).text((6, (row + 0.5) * picture.height / len(names)), name, "black", anchor="lm")
+    return picture
 
 
-def add_sampling_flags(group):
-    """The flags of generate, which fid.py has as well."""
-    group.add_argument("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive RK45; RF with a "
-                       "number: Euler; DiT Euler 250 (default: %(default)s)")
-    group.add_argument("--labels", choices=["balanced", "random"], default="balanced",
-                       help="classes of class-conditional samples, balanced: image i has class i modulo their number; "
-                       "it moves FID (default: %(default)s)")
-    group.add_argument("--cfg", type=float, metavar="W", help="guidance weight of a class-conditional DiT, 1: off; "
-                       "None: 1.5, [P] (default: %(default)s)")
-    group.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="times at which guidance acts; None: 0 0.89, [P] (default: %(default)s)")
-    group.add_argument("--shift", type=float, metavar="S", help="of a DiT's time grid, t' = S t / (1 + (S - 1) t), "
-                       "1: off; None: 3.3, [P] (default: %(default)s)")
-    group.add_argument("--vae", metavar="FILE", help="VA-VAE of a DiT on latents; None: the training run's "
-                       "(default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0,
-                       help="of the set; image i depends on (seed, i) only (default: %(default)s)")
-    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
-                       help="autocast of the network (default: %(default)s)")
+def add_sampling_flags(add):
+    """The flags of generate, which fid.py has as well; add is an add_argument."""
+    add("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive, DiT 250; RF: Euler if given")
+    add("--labels", nargs="+", default=["balanced"], metavar="CLASS",
+        help="of class-conditional samples: balanced (image i has class i modulo their number), random, or numbers")
+    add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off; None: 1.5, [P] Tab. 8")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its times; None: 0 0.89, [P] Tab. 8")
+    add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents; None: the training run's")
+    add("--seed", type=int, default=0, help="of the set; image i depends on (seed, i) only")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast of the network")
+    add("--batch", type=int, default=256, help="images per network evaluation and rank")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
 
 
 def sampling(args):
-    """What the flags of add_sampling_flags and --batch mean to generate; exit status 2 for senseless numbers."""
-    low = {"steps": 1, "batch": 1, "seed": 0, "shift": 1e-6}
-    for name, least in low.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            fail(f"--{name} must be at least {least:g}")
-    if args.cfg is not None and args.cfg < 0:
-        fail("--cfg must be at least 0")
+    """What the flags mean to generate, as a dict; exit status 2 for senseless ones."""
+    for name, least in {"n": 1, "steps": 1, "batch": 1, "seed": 0, "cfg": 0}.items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
+            fail(f"--{name} must be at least {least}")
     if args.cfg_interval is not None and not 0 <= args.cfg_interval[0] < args.cfg_interval[1] <= 1:
         fail("--cfg-interval takes two times, LOW below HIGH, between 0 (data) and 1 (noise)")
-    flags = {name: getattr(args, name) for name in ("seed", "steps", "batch", "labels", "vae")}
-    options = {"cfg": args.cfg, "cfg_interval": args.cfg_interval, "shift": args.shift}
-    amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    return flags | {"amp": amp} | {name: value for name, value in options.items() if value is not None}
+    names = "seed", "steps", "batch", "vae", "cfg", "cfg_interval"
+    options = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    options["amp"] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if args.labels not in (["balanced"], ["random"]) and not all(word.isdecimal() for word in args.labels):
+        fail("--labels takes balanced, random, or numbers of classes")
+    options["labels"] = [int(word) for word in args.labels] if args.labels[0].isdecimal() else args.labels[0]
+    return options
 
 
 def parse_args(argv=None):
     """Flags -> Namespace."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
     parser.add_argument("ckpt", nargs="+", metavar="CKPT", help="checkpoint files, or run folders (then their last.pt)")
-    parser.add_argument("--n", type=int, help="images (default: 64; of several checkpoints 12 each)")
-    parser.add_argument("--out", help="folder for PNGs, FILE.npz (arr_0: uint8 N,H,W,3) or FILE.png "
-                        "(default: samples.png beside the first checkpoint)")
-    add_sampling_flags(parser)
-    parser.add_argument("--batch", type=int, default=256, help="images per network evaluation (default: 256)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--n", type=int, help="images; None: 64, 8 for each column of a class, 12 for a named row")
+    parser.add_argument("--out", type=Path, help="new folder, FILE.npz or FILE.png; None: samples.png beside the first")
+    add_sampling_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    args.n = args.n if args.n is not None else (64 if len(args.ckpt) == 1 else 12)
-    if args.n < 1:
-        parser.error("--n must be at least 1")
     first = Path(args.ckpt[0])
-    args.out = Path(args.out) if args.out else (first if first.is_dir() else first.parent) / "samples.png"
-    if args.out.suffix in (".jpg", ".jpeg", ".webp", ".gif"):
-        parser.error(f"--out {args.out}: give FILE.png, FILE.npz or a folder; images are kept without loss")
+    args.out = args.out or (first if first.is_dir() else first.parent) / "samples.png"
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
     return args
@@ -269,48 +209,46 @@ def main(args):
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")
     folder = args.out.suffix not in (".png", ".npz")
-    if folder and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        fail(f"--out {args.out} is not an empty folder: choose another, so that the count stays exact")
-    if rank == 0:
-        (args.out if folder else args.out.parent).mkdir(parents=True, exist_ok=True)
-    rows = []
-    for path in args.ckpt:
-        model = load_checkpoint(path, device)
-        if rank == 0:
-            print(model, *([f"{args.labels} labels"] if model.net.classes else []), sep=", ")
-        bar = tqdm(total=args.n, unit="img", desc="sample", disable=rank > 0)
-        start, nfes, images = time.time(), [], None  # (n, H, W, 3), but for a folder
-        blocks = generate(model, args.n, rank, world, **options)
-        for indices, block, nfe in gather_blocks(blocks, rank, world):
-            block = block.permute(0, 2, 3, 1).numpy()
-            if folder:
-                for i, image in zip(indices, block, strict=True):
-                    Image.fromarray(image).save(args.out / f"{i:06d}.png")
-            else:
-                images = np.empty((args.n, *block.shape[1:]), np.uint8) if images is None else images
-                images[indices.start : indices.stop] = block
+    if rank == 0 and folder and args.out.exists():
+        fail(f"--out {args.out} exists: give a new folder, so that the count stays exact")
+
+    # 1. What is drawn: mistakes show before the first image.
+    models = [load_checkpoint(path, device) for path in args.ckpt]
+    side, classes, labels = models[0].args.resolution, models[0].net.classes, options["labels"]
+    if any(model.args.resolution != side for model in models):
+        fail("the checkpoints have different resolutions: draw them into pictures of their own")
+    per_class = len(labels) if isinstance(labels, list) else classes if labels == "balanced" else 0
+    by_class, several = 1 < per_class <= MOST_COLUMNS, len(models) > 1
+    n = args.n or (12 if several else 8 * per_class if by_class else 64)
+    columns = n if several else per_class if by_class else math.ceil(n**0.5)
+    draws = [generate(model, n, rank, world, **options) for model in models]
+
+    # 2. The images: every rank fills in its own.
+    (args.out if folder else args.out.parent).mkdir(parents=True, exist_ok=True)
+    images = torch.zeros(len(models), n, side, side, 3, dtype=torch.uint8)
+    for row, (model, blocks) in enumerate(zip(models, draws, strict=True)):
+        nfes, rounds = [], math.ceil(n / world / BLOCK)
+        for indices, block, nfe in tqdm(blocks, "sample", rounds, unit="block", disable=rank > 0):
+            images[row, indices.start : indices.stop] = block.permute(0, 2, 3, 1)
             nfes.append(nfe)
-            bar.update(len(indices))
-        bar.close()
         if rank == 0:
-            print(f"{args.n} images in {time.time() - start:.1f} s, NFE {sum(nfes) / len(nfes):.0f}")
-            rows.append(images)
-    if rank == 0 and not folder:
-        if args.out.suffix == ".npz":
-            tmp = args.out.with_suffix(".tmp.npz")
-            np.savez(tmp, arr_0=rows[0])
-            os.replace(tmp, args.out)
-        else:
-            if len({row.shape for row in rows}) > 1:
-                fail("the checkpoints have different resolutions: draw them into pictures of their own")
-            columns = args.n if len(rows) > 1 else int(np.ceil(args.n**0.5))
-            images = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
-            grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(args.out)
-    if rank == 0:
-        print(args.out)
+            print(model, f"labels {labels if classes else None}, {n} images, NFE {np.mean(nfes):.0f}", sep=", ")
     if world > 1:
+        dist.all_reduce(images)  # all but one are zero
         dist.destroy_process_group()
+
+    # 3. The file.
+    if rank > 0:
+        return
+    if folder:
+        for i, image in enumerate(images[0].numpy()):
+            Image.fromarray(image).save(args.out / f"{i:06d}.png")
+    elif args.out.suffix == ".npz":
+        np.savez(args.out, arr_0=images[0].numpy())
+    else:
+        names = [f"{model.path.absolute().parent.name}, epoch {model.epoch}" for model in models if several]
+        draw_grid(images.flatten(0, 1), columns, names).save(args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def weights(tmp_path_factory):
 class FakeInception(nn.Module):
     """Colour means, repeated to 2048 features: what references and ranks do does not depend on the network."""
 
-    path, sha256 = "fake", "0" * 64
+    sha = "fake"
 
     def __init__(self):
         super().__init__()
@@ -125,10 +125,12 @@ def test_missing_weights_without_network(capsys, monkeypatch, tmp_path):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
     message = error_of(capsys, fid.load_inception, None, "cpu")
     where = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     assert fid.WEIGHTS_URL in message and str(where) in message and "--weights" in message
+    where.write_text("damaged")
+    assert str(where) in error_of(capsys, fid.load_inception, None, "cpu")
 
 
 def test_wrong_weights(capsys, tmp_path):
@@ -262,8 +264,7 @@ def test_bad_images(capsys, tmp_path):
 def training_set(monkeypatch):
     """What load_data returns, to be changed by a test."""
     pictures = torch.from_numpy(random_images(6)).permute(0, 3, 1, 2).contiguous()
-    for script in (train_unet, train_uvit, train_dit):
-        monkeypatch.setattr(script, "load_data", lambda args, split: (pictures, torch.zeros(6)))
+    monkeypatch.setattr(train_unet, "load_data", lambda args, split: (pictures, torch.zeros(6), ["one"]))
     return pictures
 
 
@@ -274,41 +275,50 @@ def make_reference(tmp_path, *argv, size=16):
 
 
 def test_reference_cache(capsys, monkeypatch, tmp_path, training_set):
+    """What was measured is found again, under the pixels' and the weights' hash: after a change it is not."""
+    measured = []
+    monkeypatch.setattr(fid, "measure", lambda *args, measure=fid.measure: measured.append(1) or measure(*args))
     mean, cov, made = make_reference(tmp_path, "--ref", "shapes")
     assert (made["dataset"], made["split"], made["resolution"], made["count"]) == ("shapes", "train", 16, 6)
     file, = (tmp_path / ".fid").iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(fid, "measure", None)  # a hit measures nothing
-        mean2, cov2, made2 = make_reference(tmp_path, "--ref", "shapes")
-    assert torch.equal(mean, mean2) and torch.equal(cov, cov2) and made2 == made | {"cache": str(file)}
+    mean2, cov2, made2 = make_reference(tmp_path, "--ref", "shapes")
+    assert torch.equal(mean, mean2) and torch.equal(cov, cov2) and made2 == made and len(measured) == 1
     assert torch.equal(make_reference(tmp_path, "--ref", str(file))[1], cov)  # the file serves as --ref, too
 
     training_set[0] += 1
-    message = error_of(capsys, make_reference, tmp_path, "--ref", "shapes")
-    assert f"{file} was made from something else (pixels was" in message and "delete it" in message
+    mean3, _, made3 = make_reference(tmp_path, "--ref", "shapes")
+    assert not torch.equal(mean, mean3) and made3["pixels"] != made["pixels"] and len(measured) == 2
+    monkeypatch.setattr(FakeInception, "sha", "other")
+    make_reference(tmp_path, "--ref", "shapes")
+    assert len(measured) == 3 and len(list((tmp_path / ".fid").iterdir())) == 3
+    monkeypatch.setattr(FakeInception, "sha", "fake")
+    training_set[0] -= 1
     file.write_bytes(b"damaged")
     assert f"{file} cannot be read" in error_of(capsys, make_reference, tmp_path, "--ref", "shapes")
 
-    file.unlink()
+    for file in (tmp_path / ".fid").iterdir():
+        file.unlink()
     (tmp_path / ".fid").rmdir()
     (tmp_path / ".fid").write_text("in the way")
     make_reference(tmp_path, "--ref", "shapes")
     assert "note:" in capsys.readouterr().err
 
 
-def test_reference_mistakes(capsys, tmp_path, training_set):
+def test_reference_files_and_mistakes(capsys, tmp_path, training_set):
+    folder = write_folder(tmp_path / "folder", random_images(3))
+    assert make_reference(tmp_path, "--ref", str(folder))[2] == {"images": str(folder), "resolution": 16, "count": 3}
     assert "--ref is missing" in error_of(capsys, make_reference, tmp_path)
     assert "does not exist" in error_of(capsys, make_reference, tmp_path, "--ref", f"{tmp_path}/none.npz")
     assert "does not exist" in error_of(capsys, make_reference, tmp_path, "--ref", f"{tmp_path}/none")
     small = write_npz(tmp_path / "small.npz", random_images(3, size=8))
     message = error_of(capsys, make_reference, tmp_path, "--ref", small)
-    assert "samples has 16x16" in message and "small.npz has 8x8" in message
+    assert "small.npz has 8x8" in message and "compared with 16x16" in message
 
 
 def test_adm_statistics(capsys, tmp_path):
     path = tmp_path / "adm.npz"
     mu, sigma = np.arange(2048.0), np.eye(2048)
-    np.savez(path, mu=mu, sigma=sigma)
+    np.savez(path, arr_0=np.array([{}]), mu=mu, sigma=sigma, mu_s=mu[:9], sigma_s=sigma[:9, :9])  # arr_0: unreadable
     mean, cov, made = make_reference(tmp_path, "--ref", str(path))
     assert np.array_equal(mean, mu) and np.array_equal(cov, sigma) and made == {"statistics": str(path)}
     assert "cannot be checked" in capsys.readouterr().out
@@ -325,15 +335,19 @@ def test_mistakes_that_need_no_network(capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("{}")
     assert "last.pt" in error_of(capsys, run, tmp_path / "run")
-    with pytest.raises(SystemExit):
-        fid.parse_args(["a.npz", "--n", "0"])
+    assert "--n must be" in error_of(capsys, run, few, "--ref", few, "--n", 0)
+    other = write_npz(tmp_path / "other.npz", random_images(3, size=8))
+    assert "other.npz has 8x8" in error_of(capsys, run, few, other, "--ref", few, "--allow-few")
 
 
 def test_ranks_do_not_change_the_result(capsys, tmp_path, weights):
     a = write_npz(tmp_path / "a.npz", random_images(4))
-    b = write_folder(tmp_path / "b", random_images(3, seed=1))
-    argv = [a, "--ref", str(b), "--allow-few", "--weights", weights, "--batch", "1"]
+    (tmp_path / "few" / "train").mkdir(parents=True)
+    write_folder(tmp_path / "few" / "train" / "class", random_images(3, seed=1))
+    argv = [a, "--ref", "few", "--data", str(tmp_path), "--allow-few", "--weights", weights, "--batch", "1"]
     run(*argv, "--json", tmp_path / "one.json")
+    cache, = (tmp_path / ".fid").iterdir()
+    cache.unlink()  # both measure the reference
     shown = capsys.readouterr()
     assert re.fullmatch(r"FID \d+\.\d\d  IS \d+\.\d\d \+- \d+\.\d\d", shown.out.splitlines()[-1])
     assert "compare with no others" in shown.err and "warning: 4 samples" in shown.err
@@ -344,10 +358,29 @@ def test_ranks_do_not_change_the_result(capsys, tmp_path, weights):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("FID ")
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")}
+    count = {name: file["reference"]["count"] for name, file in files.items()}
+    (one,), (two,) = (file["results"] for file in files.values())
     for key in ("fid", "is_mean", "is_std"):
         assert two.pop(key) == pytest.approx(one.pop(key), rel=1e-5, abs=1e-9)
-    assert one == two and one["n"] == 4 and one["reference"]["count"] == 3
+    assert one == two and one["n"] == 4 and count == {"one": 3, "two": 3} and cache.is_file()
+
+
+def checkpoint(path, script, flags, epoch=3):
+    """An untrained network as a run would leave it."""
+    args = script.parse_args(flags)
+    state = {"script": script.__name__, "args": vars(args), "ema": script.build(args)[0].state_dict()}
+    torch.save(state | {"epoch": epoch, "step": 7}, path)
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Colour means instead of the Inception, and distances from a list: 2048 eigenvalues take seconds."""
+    loaded, distances = [], iter([9.0, 7.14, 8.0])
+    monkeypatch.setattr(fid, "load_inception", lambda *args: loaded.append(1) or FakeInception())
+    monkeypatch.setattr(fid, "frechet_distance", lambda *gaussians: next(distances))
+    return loaded
 
 
 @pytest.mark.parametrize(
@@ -355,17 +388,43 @@ def test_ranks_do_not_change_the_result(capsys, tmp_path, weights):
     [(train_unet, ["--backbone", "tiny"]), (train_uvit, ["--size", "tiny", "--cls-token"]),
      (train_uvit, ["--size", "tiny", "--cond"]), (train_dit, ["--size", "tiny", "--cond", "--self-cond"])],
 )  # fmt: skip
-def test_checkpoint_against_its_own_training_set(script, flags, capsys, monkeypatch, tmp_path, training_set):
-    args = script.parse_args([*flags, "--data", str(tmp_path / "data")])
-    state = {"script": script.__name__, "args": vars(args), "ema": script.build(args)[0].state_dict()}
-    torch.save(state | {"epoch": 3, "step": 7}, tmp_path / "last.pt")
-    monkeypatch.setattr(fid, "load_inception", lambda *args: FakeInception())
-    monkeypatch.setattr(fid, "frechet_distance", lambda *gaussians: 7.14)  # 2048 eigenvalues take seconds
+def test_checkpoint_against_its_own_training_set(script, flags, capsys, tmp_path, training_set, quick):
+    checkpoint(tmp_path / "last.pt", script, [*flags, "--data", str(tmp_path / "data")])
     run(tmp_path, "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
     out = capsys.readouterr().out
-    assert ("balanced labels" in out) == ("--cond" in flags)
-    assert "EMA weights of epoch 3" in out and out.splitlines()[-1].startswith("FID 7.14  IS ")
-    result = json.loads((tmp_path / "fid.json").read_text())
-    assert (result["epoch"], result["n"], result["weights"]) == (3, 2, "ema")
-    assert result["reference"]["dataset"] == "shapes" and result["reference"]["count"] == 6
+    assert ("labels balanced" in out) == ("--cond" in flags)
+    assert "EMA weights of epoch 3" in out and re.fullmatch(r"FID 9\.00  IS .*\d", out.splitlines()[-1])
+    file = json.loads((tmp_path / "fid.json").read_text())
+    result, = file["results"]
+    assert (result["fid"], result["epoch"], result["n"], result["weights"]) == (9, 3, 2, "ema")
+    assert file["reference"]["dataset"] == "shapes" and file["reference"]["count"] == 6
     assert len(list((tmp_path / "data" / ".fid").glob("shapes_train_16_*.npz"))) == 1
+
+
+def test_the_lowest_of_several_checkpoints(capsys, monkeypatch, tmp_path, training_set, quick):
+    """One reference and one Inception for all; each is printed, the lowest comes last, the file has all."""
+    flags = ["--backbone", "tiny", "--data", str(tmp_path)]
+    paths = [checkpoint(tmp_path / f"epoch_{epoch}.pt", train_unet, flags, epoch) for epoch in (200, 400, 600)]
+    measured = []
+    monkeypatch.setattr(fid, "measure", lambda *args, measure=fid.measure: measured.append(1) or measure(*args))
+    run(*paths, "--n", 2, "--steps", 1, "--allow-few", "--json", tmp_path / "fid.json")
+    lines = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"FID (\S+)  IS \d+\.\d\d \+- \d+\.\d\d \(epoch (\d+)\)", line) for line in lines]
+    assert [m.groups() for m in found if m] == [("9.00", "200"), ("7.14", "400"), ("8.00", "600"), ("7.14", "400")]
+    assert found[-1] and len(measured) == 4 and len(quick) == 1
+    results = json.loads((tmp_path / "fid.json").read_text())["results"]
+    assert [(r["epoch"], r["fid"]) for r in results] == [(200, 9), (400, 7.14), (600, 8)]
+    other = checkpoint(tmp_path / "other.pt", train_unet, [*flags, "--dataset", "cifar10", "--resolution", "16"])
+    assert "give --ref" in error_of(capsys, run, paths[0], other, "--n", 2, "--allow-few")
+
+
+def test_statistics_leave_the_data_alone(capsys, monkeypatch, tmp_path, quick):
+    """As ImageNet at 256 is scored: labels at random, [ADM]'s statistics, and no training image read or hashed."""
+    for script in (train_unet, train_uvit, train_dit):
+        monkeypatch.setattr(script, "load_data", None)
+    path = checkpoint(tmp_path / "last.pt", train_dit, ["--size", "tiny", "--cond", "--data", str(tmp_path / "none")])
+    np.savez(tmp_path / "adm.npz", arr_0=np.array([{}]), mu=np.zeros(2048), sigma=np.eye(2048))
+    run(path, "--ref", tmp_path / "adm.npz", "--labels", "random", "--n", 2, "--steps", 1, "--allow-few")
+    out = capsys.readouterr().out
+    assert "labels random" in out and "statistics" in out and out.splitlines()[-1].startswith("FID 9.00")
+    assert not (tmp_path / "none").exists()
