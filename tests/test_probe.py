@@ -7,6 +7,7 @@ import math
 import os
 import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import multiprocessing, nn
 import probe
 import train_dit
 import train_unet
+import train_uvit
 
 
 def flags(**changes):
     """The resolved flags that the functions of probe.py read."""
-    args = dict(batch=32, epochs=3, lr=4e-3, flip=True, crop=False, batchnorm=False, cache=False, seed=0)
+    args = dict(batch=32, epochs=3, lr=4e-3, flip=True, batchnorm=False, cache=False, features=None, seed=0)
     return argparse.Namespace(**{**args, **changes})
 
 
@@ -31,7 +33,7 @@ def make_split(n, seed=0, classes=4):
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=draw)
     images = torch.randint(100, (n, 3, 8, 8), generator=draw) + 30 * labels[:, None, None, None]
-    return probe.Split(images.to(torch.uint8), labels, train_unet.to_x0)
+    return probe.Split(images.to(torch.uint8), labels, classes, train_unet.to_x0)
 
 
 class FakeDiffusion:
@@ -49,16 +51,7 @@ def fake_encoder(level, layers=LAYERS):
     return probe.Encoder(SimpleNamespace(net=None, diffusion=FakeDiffusion(), path="fake"), level, layers)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are small: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# ---- Heads, kNN, crop --------------------------------------------------------------------------------------
+# ---- Heads, kNN, protocol ---------------------------------------------------------------------------------
 def test_head_learns_the_class_frequencies():
     """With one-hot features cross-entropy has a closed form: softmax(logits) = class frequencies given the feature."""
     group = torch.arange(3).repeat_interleave(40)
@@ -71,8 +64,8 @@ def test_head_learns_the_class_frequencies():
         def __call__(self, x0, noise):
             return nn.functional.one_hot(x0[:, 0, 0, 0].long(), 3).float()
 
-    split = probe.Split(images, labels, lambda x: x.float())
-    heads = probe.train_heads(OneHot(), split, 4, flags(batch=120, epochs=500, lr=0.1))
+    split = probe.Split(images, labels, 4, lambda x, flip: x.float())
+    heads = probe.train_heads(OneHot(), split, flags(batch=120, epochs=500, lr=0.1))
     got = heads(torch.eye(3))[0].softmax(1)
     want = torch.stack([torch.bincount(labels[group == g], minlength=4) / 40 for g in range(3)])
     assert torch.allclose(got, want, atol=0.01), got
@@ -81,47 +74,58 @@ def test_head_learns_the_class_frequencies():
 
 def test_separable_features_are_separated():
     train, test = make_split(512), make_split(128, seed=1)
-    cells = probe.probe_level(fake_encoder(0.01), train, test, 4, flags(epochs=40, lr=0.05))
+    cells = probe.probe_level(fake_encoder(0.01), train, test, flags(epochs=40, lr=0.05))
     assert [(cell["layer"], cell["level"]) for cell in cells] == [("out_1", 0.01), ("out_2", 0.01)]
     assert cells[0]["linear"] == 100 and cells[1]["linear"] > 90, cells
 
 
-@pytest.mark.parametrize("batchnorm", [False, True])
-def test_heads_trained_together_equal_heads_trained_alone(batchnorm):
-    train = make_split(100)
-    args = flags(batchnorm=batchnorm)
-    both = probe.train_heads(fake_encoder(0.1), train, 4, args)
-    assert both.linears[1].weight.abs().max() > 1e-3
+def test_heads_trained_together_equal_heads_trained_alone():
+    train, args = make_split(100), flags()
+    both = probe.train_heads(fake_encoder(0.1), train, args)
+    weights = both.weight.split(list(LAYERS.values()))
+    assert weights[1].abs().max() > 1e-3
     for i, (name, width) in enumerate(LAYERS.items()):
-        alone = probe.train_heads(fake_encoder(0.1, {name: width}), train, 4, args)
-        assert torch.allclose(both.linears[i].weight, alone.linears[0].weight, atol=1e-6)
+        alone = probe.train_heads(fake_encoder(0.1, {name: width}), train, args)
+        assert torch.allclose(weights[i], alone.weight, atol=1e-6)
+        assert torch.allclose(both.bias[i], alone.bias[0], atol=1e-6)
 
 
 def test_heads_match_plain_adam():
-    """One head, no noise, no flip: the textbook loop with torch's own pieces gives the same weights."""
-    train, args = make_split(96), flags(flip=False)
-    heads = probe.train_heads(fake_encoder(0.0, {"out_1": 3}), train, 4, args)
-    linear = nn.Linear(3, 4)
+    """One head, no noise: the textbook loop with torch's own pieces, flips and the smaller last batch included."""
+    train, args = make_split(90), flags()
+    train.images[..., 4:] = 0  # so that flips show
+    heads = probe.train_heads(fake_encoder(0.0, {"out_2": 96}), train, args)
+    linear = nn.Linear(96, 4)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     opt = torch.optim.Adam(linear.parameters(), lr=args.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 9)
     for epoch in range(3):
-        order = torch.randperm(96, generator=probe.stream_generator("cpu", 0, probe.ORDER, epoch))
+        draw = probe.stream_generator("cpu", 0, probe.ORDER, epoch)
+        order, flip = torch.randperm(90, generator=draw), torch.rand(90, generator=draw) < 0.5
         for index in order.split(32):
-            feat = train_unet.to_x0(train.images[index]).mean((2, 3))
+            x0 = train_unet.to_x0(train.images[index])
+            feat = torch.where(flip[index, None, None, None], x0.flip(3), x0)[..., :4].flatten(1)
             opt.zero_grad()
             nn.functional.cross_entropy(linear(feat), train.labels[index]).backward()
             opt.step()
             cosine.step()
-    assert torch.allclose(heads.linears[0].weight, linear.weight, atol=1e-6)
+    assert torch.allclose(heads.weight.T, linear.weight, atol=1e-6)
+    assert torch.allclose(heads.bias[0], linear.bias, atol=1e-6)
 
 
-def test_batchnorm_is_torchs():
-    ours, torchs = probe.SyncedNorm(5), nn.BatchNorm1d(5, affine=False)
-    for feat in 100 + torch.randn(4, 16, 5) * torch.arange(1, 6):
-        assert torch.allclose(ours(feat), torchs(feat), atol=1e-4)
-    assert torch.allclose(ours.eval()(feat), torchs.eval()(feat), atol=1e-4)
+@pytest.mark.parametrize("cache", [False, True])
+def test_batchnorm_is_torchs_over_the_training_split(cache, monkeypatch):
+    kept, trained = [], probe.train_heads
+    monkeypatch.setattr(probe, "train_heads", lambda *a: kept.append(trained(*a)) or kept[0])
+    train = make_split(600)
+    probe.probe_level(fake_encoder(0.0), train, make_split(50, seed=1), flags(batchnorm=True, cache=cache))
+    x0 = train_unet.to_x0(train.images)
+    feats = [x0.mean((2, 3)), x0[..., :4].flatten(1)]
+    parts = zip(feats, kept[0].weight.split(list(LAYERS.values())), kept[0].bias, strict=True)
+    want = [nn.BatchNorm1d(feat.shape[1], affine=False)(feat) @ weight + bias for feat, weight, bias in parts]
+    assert torch.allclose(kept[0](torch.cat(feats, 1)), torch.stack(want), atol=1e-4)
+    assert kept[0].weight.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("n", [12, 50])  # fewer than k, and more
@@ -129,8 +133,7 @@ def test_knn_is_the_brute_force_vote(n):
     draw = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(n, 7, generator=draw), torch.randn(9, 7, generator=draw)
     classes, labels = torch.randint(3, (n,), generator=draw), torch.randint(3, (9,), generator=draw)
-    blocks = zip(bank.split(8), classes.split(8), strict=True)
-    got = probe.knn(queries, labels, blocks, [3, 4], 3)
+    got = probe.knn(queries, labels, bank, classes, [3, 4], 3)
     for layer, columns in enumerate([slice(0, 3), slice(3, 7)]):
         hits = 0
         for query, label in zip(queries[:, columns], labels, strict=True):
@@ -142,39 +145,49 @@ def test_knn_is_the_brute_force_vote(n):
         assert got[layer] == pytest.approx(100 * hits / 9, abs=1e-4)
 
 
-def test_random_crop_is_numpys_pad_and_slice():
-    x0 = torch.randn(3, 2, 8, 8)
-    shift = torch.tensor([[1, 1], [0, 2], [2, 1]])
-    got = probe.random_crop(x0, shift, 1)
-    assert torch.equal(got[0], x0[0])
-    padded = np.pad(x0, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-    for i, (y, x) in enumerate(shift.tolist()):
-        assert np.array_equal(got[i], padded[i, :, y : y + 8, x : x + 8])
-
-
-def test_latents_take_the_stored_mirror_image_and_their_own_protocol():
-    raw = torch.randn(6, 2, 4, 8, 8, dtype=torch.float16)
-    latents = train_dit.Latents(raw, torch.full((4,), 0.5), torch.full((4,), 2.0))
-    split = probe.Split(latents, torch.zeros(6).long(), None)
+def test_latents_take_the_stored_mirror_image():
+    latents = torch.randn(6, 2, 4, 8, 8, dtype=torch.float16)
+    split = probe.Split(latents, torch.zeros(6).long(), 1, train_dit.to_x0)
     x0 = split.x0(torch.tensor([4, 1]), torch.tensor([True, False]))
-    assert torch.equal(x0, (torch.stack([raw[4, 1], raw[1, 0]]).float() - 0.5) / 2)
-    blank = dict(epochs=None, lr=None, batch=None, amp="auto", t=None, grid=False, crop=False)
-    for images, dataset, want in [
-        (latents, "imagenet", (30, 2e-3, 1440)),
-        (torch.zeros(6, 3, 8, 8).byte(), "cifar100", (15, 4e-3, 128)),
-        (torch.zeros(6, 3, 8, 8).byte(), "shapes", (30, 4e-3, 128)),
-    ]:
-        model = SimpleNamespace(args=SimpleNamespace(dataset=dataset, cl_t=11))
-        split = probe.Split(images, torch.zeros(2000), None)
-        args = probe.resolve(argparse.Namespace(**blank), model, split, torch.device("cpu"))
-        assert (args.epochs, args.lr, args.batch, args.amp, args.t) == (*want, "off", [11])
+    assert torch.equal(x0, torch.stack([latents[4, 1], latents[1, 0]]).float())
+
+
+@pytest.mark.parametrize(
+    ("trained", "want"),
+    [
+        (dict(script="train_unet", model="ddpm", backbone="ddpm", dataset="cifar100"), (15, 4e-3, 512, "t", 260)),
+        (dict(script="train_unet", model="edm", backbone="ddpmpp", dataset="cifar10"), (15, 4e-3, 256, "s", 0.585)),
+        (dict(script="train_unet", model="rf", backbone="tiny", dataset="shapes"), (30, 4e-3, 128, "t", 0.4)),
+        (dict(script="train_uvit", model="ddpm", size="S", dataset="tiny-imagenet"), (30, 4e-3, 256, "t", 260)),
+        (dict(script="train_uvit", model="ddpm", size="tiny", dataset="shapes"), (30, 4e-3, 128, "t", 260)),
+        (dict(script="train_dit", model="rf", size="B", dataset="imagenet"), (30, 2e-3, 1440, "t", 0.5)),
+    ],
+)
+def test_the_protocol_is_that_of_tab_11(trained, want):
+    script, diffusion = SimpleNamespace(__name__=trained["script"]), SimpleNamespace(check_level=lambda level: None)
+    args = SimpleNamespace(**trained, cl_t=7)
+    model = SimpleNamespace(args=args, script=script, diffusion=diffusion, path=Path("p"), epoch=3)
+    images = torch.zeros(6, 2, 4, 8, 8) if trained["script"] == "train_dit" else torch.zeros(6, 3, 8, 8)
+    split = probe.Split(images, torch.zeros(6), 2, None)
+
+    def defaults(**flags):
+        blank = dict(epochs=None, lr=None, batch=None, amp="auto", t=None, dataset=None, loss=False, pool=["gap"])
+        flags = argparse.Namespace(**blank | {"grid": True} | flags)
+        return probe.protocol_defaults(flags, model, split, torch.device("cpu"))
+
+    args, head = defaults()
+    assert (args.epochs, args.lr, args.batch, head["axis"][0], args.t[-1]) == want and args.amp == "off"
+    assert defaults(grid=False)[0].t == defaults(pool=["gap", "token"])[0].t == [7]
+    assert len(defaults(loss=True)[0].t) >= 10 and head["dataset"] == trained["dataset"]
+    assert defaults(dataset="cifar10")[0].epochs == 15 and defaults(dataset="stl10")[0].epochs == 30
 
 
 # ---- Noise: fresh, cached, split over ranks ----------------------------------------------------------------
 def test_cache_equals_fresh_without_noise():
     train, test = make_split(700), make_split(60, seed=1)
-    fresh, cached = (probe.probe_level(fake_encoder(0.0), train, test, 4, flags(cache=c)) for c in (False, True))
-    assert fresh == cached
+    fresh, cached = (probe.probe_level(fake_encoder(0.0), train, test, flags(cache=c)) for c in (False, True))
+    assert [cell["linear"] for cell in fresh] == [cell["linear"] for cell in cached]
+    assert [cell["knn"] for cell in fresh] == [None, None] and min(cell["knn"] for cell in cached) > 40  # chance is 25
 
 
 def test_noise_is_fresh_in_training_and_fixed_in_testing():
@@ -188,10 +201,11 @@ def test_noise_is_fresh_in_training_and_fixed_in_testing():
             return x0.mean((2, 3))
 
     train = make_split(64)
-    probe.train_heads(Spy(), train, 4, flags(batch=64, epochs=2))
-    fixed = [list(probe.fixed_features(Spy(), train, False, probe.TEST, flags(), 0, 1)) for _ in range(2)]
+    probe.train_heads(Spy(), train, flags(batch=64, epochs=2))
+    for _ in range(2):
+        probe.stored_features(Spy(), train, probe.TEST, seed=0)
     fresh, again = seen[:2], seen[2:]
-    assert fixed and torch.equal(*again)
+    assert torch.equal(*again)
     for a, b in itertools.combinations([*fresh, again[0]], 2):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.05
     assert abs(fresh[0].std() - 1) < 0.02
@@ -217,6 +231,8 @@ def run(tmp_path_factory):
         net, _ = train_unet.build(args)
         state = {"script": "train_unet", "args": vars(args), "ema": net.state_dict(), "epoch": epoch, "step": 9}
         torch.save(state, root / f"epoch_{epoch}.pt")
+    state["args"] = state["args"] | {"model": "edm"}
+    torch.save(state, root / "edm.pt")
     return root
 
 
@@ -235,7 +251,8 @@ def test_defaults_are_the_checkpoints_own(run, capsys):
     result = call(run / "epoch_1.pt", "--json", run / "one.json")[0]
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"top-1 \d+\.\d\d % \(out_4, t=11\)", lines[-1]), lines[-1]
-    for word in ("EMA of epoch 1", "pool gap", "epochs 2", "lr 0.004", "batch 30", "flip True", "crop False"):
+    assert "EMA weights of epoch 1" in lines[0]
+    for word in ("epochs 2", "lr 0.004", "batch 30", "batchnorm False", "cache False", "80 train, 40 test, 2 classes"):
         assert word in lines[1], lines[1]
     written = json.loads((run / "one.json").read_text())
     assert written["checkpoints"] == [result] and written["top1"] == result["cells"][0]["linear"]
@@ -245,10 +262,12 @@ def test_defaults_are_the_checkpoints_own(run, capsys):
 def test_grid_writes_table_json_and_picture(run, capsys):
     result = call(run / "epoch_1.pt", "--grid", "--t", "1", "66", "--pixels", "--cache")[0]
     lines = capsys.readouterr().out.splitlines()
-    layers = result["protocol"]["layers"]
+    layers = result["layers"]
     assert len(layers) > 4 and layers == [f"out_{i + 1}" for i in range(len(layers))]
     assert re.fullmatch(r"top-1 \d+\.\d\d % \(out_\d, t=(1|66)\)", lines[-1])
-    assert [line.split()[0] for line in lines[-len(layers) - 2 : -1]] == [*layers, "pixels"]
+    told = [re.match(r"top-1 (\d+\.\d\d) % \((\w+)(?:, t=(\d+))?\), kNN (\d+\.\d\d) %", line) for line in lines[2:-1]]
+    assert [(m[2], m[3]) for m in told] == [*[(x, t) for t in ("1", "66") for x in layers], ("pixels", None)]
+    assert [m[1] for m in told] == [f"{cell['linear']:.2f}" for cell in result["cells"]]
     cells = json.loads((run / "probe_grid.json").read_text())["checkpoints"][0]["cells"]
     assert cells == result["cells"] and len(cells) == 2 * len(layers) + 1
     assert cells[-1]["layer"] == "pixels" and cells[-1]["level"] is None
@@ -263,7 +282,7 @@ def test_a_cell_does_not_depend_on_the_rest_of_the_grid(run):
 
 
 def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
-    results = call(run / "epoch_2.pt", run / "epoch_1.pt", "--crop", "--no-flip")
+    results = call(run / "epoch_2.pt", run / "epoch_1.pt")
     lines = capsys.readouterr().out.splitlines()
     best = max(result["cells"][0]["linear"] for result in results)
     assert lines[-1] == f"top-1 {best:.2f} % (out_4, t=11)"
@@ -277,14 +296,18 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "--layer", "out_99"], "no layer out_99: choose --layer from out_1 out_2"),
-        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t 1001: noise level 1001 is out of range"),
-        (["{run}/epoch_1.pt", "--pool", "cls"], "no [CLS] token"),
+        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t 1001: noise level 1001"),
+        (["{run}/epoch_1.pt", "--pool", "cls"], "a UNet has no"),
         (["{run}/epoch_1.pt", "--data", "{run}/nowhere"], "nowhere"),
         (["{run}/epoch_1.pt", "--json", "{run}"], "cannot write"),
         (["{run}/epoch_1.pt", "--grid", "--layer", "out_1"], "--grid probes every layer"),
-        (["{run}/epoch_1.pt", "--cache", "--crop"], "excludes --crop"),
         (["{run}/epoch_1.pt", "--plot", "a.txt"], "FILE.png"),
         (["{run}/epoch_1.pt", "--lr", "0"], "above 0"),
+        (["{run}/epoch_1.pt", "--features", "f.npz", "--grid"], "--features takes one RUN"),
+        (["{run}/epoch_1.pt", "--pool", "gap", "cls", "--t", "1", "2"], "give one --t"),
+        (["{run}/data", "--curves", "--plot", "{run}/c.png"], "metrics.jsonl is missing"),
+        (["{run}/data/none.json", "--plot", "{run}/c.png"], "none.json is no JSON file"),
+        (["{run}/epoch_1.pt", "{run}/edm.pt", "--loss", "--t", "1"], "differ in formulation"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, capsys, argv, message):
@@ -292,6 +315,244 @@ def test_mistakes_end_with_one_line_and_status_2(run, capsys, argv, message):
         call(*(part.format(run=run) for part in argv))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message in error and "error: " in error, error
+
+
+class Loss(nn.Module):
+    """A formulation whose loss on a batch is the mean of what loss_of(x0, level, noise) gives for each image."""
+
+    def __init__(self, loss_of):
+        super().__init__()
+        self.loss_of = loss_of
+
+    def loss(self, net, x0, level, noise, y=None, aug=None):
+        assert y is None and aug is None
+        return torch.stack([self.loss_of(*row) for row in zip(x0, level, noise, strict=True)]).mean(), None
+
+    def check_level(self, level):
+        assert 0 <= level <= 1
+
+
+def fake_losses(monkeypatch, n, *losses, **changes):
+    """heldout_loss of one fake run after the other, on n random images."""
+    split = make_split(n)
+    monkeypatch.setattr(probe, "load_split", lambda *a: split)
+    results = []
+    for i, loss_of in enumerate(losses):
+        args = argparse.Namespace(model="rf", dataset="shapes", cl_t=0.1, backbone="tiny")
+        path = Path(f"run{i}/last.pt")
+        model = SimpleNamespace(args=args, diffusion=Loss(loss_of), script=train_unet, path=path, epoch=1)
+        model.net = None
+        blank = dict(epochs=1, lr=1, batch=1, amp="off", t=None, dataset=None, loss=True, grid=False, pool=["gap"])
+        flags = argparse.Namespace(**blank | {"seed": 0} | changes)
+        results.append(probe.heldout_loss(model, flags, torch.device("cpu"), results))
+    return split, results
+
+
+def test_heldout_loss_and_its_standard_error_are_those_over_images(monkeypatch):
+    """Against the textbook formula over single images: 2 500 of them, in 100 blocks."""
+    split, (result,) = fake_losses(monkeypatch, 2500, lambda x0, level, noise: x0.mean() + level, t=[0.0, 0.5])
+    each = split.to_x0(split.images).mean((1, 2, 3)).double()
+    assert result["loss"] == pytest.approx([each.mean().item(), each.mean().item() + 0.5], abs=1e-6)
+    assert result["loss_se"][0] == pytest.approx(each.std().item() / 50, rel=0.25)  # 100 blocks know it to 7 %
+    assert result["images"] == [2500, 3, 8, 8] and np.shape(result["blocks"]) == (2, 100)
+
+
+def test_noise_hangs_on_image_and_level_alone(monkeypatch):
+    seen = [{}, {}]
+
+    def spy(run):
+        def loss_of(x0, level, noise):
+            seen[run][x0.sum().item(), level.item()] = noise
+            return noise.square().mean()
+
+        return loss_of
+
+    _, (a, b) = fake_losses(monkeypatch, 60, spy(0), spy(1), t=[0.1, 0.2])
+    assert len(seen[0]) == 120 and all(seen[1][key].equal(noise) for key, noise in seen[0].items())
+    noise = torch.stack(list(seen[0].values())).flatten(1)
+    assert len({tuple(row[:4].tolist()) for row in noise}) == 120 and abs(noise.std() - 1) < 0.02
+    assert b["difference"] == b["difference_se"] == [0, 0] and a["loss"] == pytest.approx([1, 1], abs=0.05)
+    assert min(a["loss_se"]) > 0
+
+
+def test_paired_difference_sees_what_single_errors_hide(monkeypatch):
+    def plain(x0, level, noise):
+        return x0.square().mean() * 100 + noise.mean()
+
+    def better(x0, level, noise):
+        return plain(x0, level, noise) - 0.01 * (1 + x0[0, 0, 0])
+
+    split, (a, b) = fake_losses(monkeypatch, 500, plain, better, t=[0.3])
+    each = -0.01 * (1 + split.to_x0(split.images)[:, 0, 0, 0]).double()
+    assert b["difference"] == pytest.approx([each.mean().item()], abs=1e-5)
+    assert b["difference_se"][0] == pytest.approx(each.std().item() / 500**0.5, rel=0.5)
+    assert b["difference_se"][0] < 0.01 * b["loss_se"][0]
+
+
+def test_heldout_loss_of_a_network_by_hand(run):
+    """eps prediction at one step on 40 images: noised, run and compared without the formulation's own code."""
+    (result,) = call(run / "epoch_1.pt", "--loss", "--t", "300", "--json", run / "l.json", "--plot", run / "l.png")
+    model = probe.load_checkpoint(run / "epoch_1.pt")
+    images = train_unet.load_data(model.args, "test")[0]
+    draws = [probe.stream_generator("cpu", 0, probe.LOSS, 300_000_000, i) for i in range(40)]
+    noise = torch.stack([torch.randn(3, 16, 16, generator=draw) for draw in draws])
+    alphabar = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:300]))
+    x_t = alphabar**0.5 * (images / 127.5 - 1) + (1 - alphabar) ** 0.5 * noise
+    each = (model.net(x_t, torch.full((40,), 0.3)) - noise).square().mean((1, 2, 3))
+    assert result["loss"][0] == pytest.approx(each.mean().item(), rel=1e-5)
+    assert result["levels"] == [300] and result["images"] == [40, 3, 16, 16] and is_png(run / "l.png")
+    assert json.loads((run / "l.json").read_text())["checkpoints"] == [result]
+
+
+def test_edms_uncertainty_stays_out_of_the_heldout_loss(run, tmp_path):
+    """At raw output 0 the denoised image is c_skip x_t, so that the loss has a closed form, whatever u(sigma) is."""
+    argv = ["--dataset", "mini", "--data", str(run / "data"), "--resolution", "16", "--backbone", "tiny"]
+    args = train_unet.parse_args([*argv, "--model", "edm", "--aug", "0.1", "--out", str(tmp_path)])
+    state = {"script": "train_unet", "args": vars(args), "ema": train_unet.build(args)[0].state_dict()}
+    torch.save(state | {"epoch": 1, "step": 1}, tmp_path / "edm.pt")
+    model = probe.load_checkpoint(tmp_path / "edm.pt")
+    nn.init.constant_(model.diffusion.uncertainty[2].bias, 3.0)
+    flags = probe.parse_args([str(tmp_path / "edm.pt"), "--loss", "--t", "0.0020", "0.5"])
+    result = probe.heldout_loss(model, flags, torch.device("cpu"))
+    x0 = train_unet.load_data(args, "test")[0] / 127.5 - 1
+    assert result["loss"][0] == pytest.approx(1, abs=0.02)  # almost clean: c_skip x_t - x0 is the noise
+    assert result["loss"][1] == pytest.approx(0.5 * (x0.square().mean().item() / 0.25 + 1), rel=0.02)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    kept = []
+
+    class Kept(probe.Figure):
+        def savefig(self, *args, **kwargs):
+            kept.append(self)
+            super().savefig(*args, **kwargs)
+
+    monkeypatch.setattr(probe, "Figure", Kept)
+    return kept
+
+
+def lines_of(axes):
+    """{name: (x, y)} of the lines of a panel."""
+    drawn, names = axes.get_legend_handles_labels()
+    return {name: [np.array(v).tolist() for v in bar[0].get_data()] for bar, name in zip(drawn, names, strict=True)}
+
+
+@pytest.fixture
+def two_runs(run, tmp_path):
+    """The two checkpoints as epochs 1 and 2 of the runs A and B."""
+    for folder in ("A", "B"):
+        (tmp_path / folder).mkdir()
+        for epoch in (1, 2):
+            (tmp_path / folder / f"epoch_{epoch}.pt").symlink_to(run / f"epoch_{epoch}.pt")
+    return tmp_path
+
+
+def test_layer_epoch_maps_run_beside_run(two_runs, figures):
+    paths = [two_runs / run / f"epoch_{epoch}.pt" for run in "AB" for epoch in (2, 1)]
+    results = call(*paths, "--grid", "--t", "11", "--subset", "30", "--batchnorm", "--lr", "0.1")
+    accuracies = [cell["linear"] for result in results for cell in result["cells"]]
+    a, b, bar = figures[0].axes
+    assert "mini" in figures[0].get_suptitle() and "accuracy" in bar.get_ylabel()
+    assert is_png(two_runs / "A/probe_grid.png")
+    assert a.images[0].get_clim() == b.images[0].get_clim() == (min(accuracies), max(accuracies))
+    for axes, name, group in ((a, "A", results[:2]), (b, "B", results[2:])):
+        want = [[cell["linear"] for cell in result["cells"]] for result in (group[1], group[0])]
+        assert np.array_equal(axes.images[0].get_array().T, want) and axes.get_title() == name
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"] and axes.get_xlabel() == "epoch"
+        assert [text.get_text() for text in axes.get_yticklabels()] == results[0]["layers"]
+
+
+def test_one_layer_over_epochs(two_runs, figures):
+    results = call(*[two_runs / run / f"epoch_{epoch}.pt" for run in "AB" for epoch in (1, 2)], "--subset", "30")
+    values = [result["cells"][0]["linear"] for result in results]
+    for axes, name, want in zip(figures[0].axes, "AB", (values[:2], values[2:]), strict=False):
+        assert axes.images[0].get_array().tolist() == [want] and axes.get_title() == name
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"] and axes.get_xlabel() == "epoch"
+        assert [text.get_text() for text in axes.texts] == [f"{value:.1f}" for value in want]
+
+
+def test_several_poolings_with_and_without_cls(run, tmp_path, figures, capsys):
+    argv = ["--dataset", "mini", "--data", str(run / "data"), "--resolution", "16", "--size", "tiny"]
+    for name in ("plain", "cls"):
+        args = train_uvit.parse_args([*argv, "--out", str(tmp_path / name), *["--cls-token"] * (name == "cls")])
+        state = {"script": "train_uvit", "args": vars(args), "ema": train_uvit.build(args)[0].state_dict()}
+        (tmp_path / name).mkdir()
+        torch.save(state | {"epoch": 3, "step": 1}, tmp_path / name / "last.pt")
+    results = call(tmp_path / "plain", tmp_path / "cls", "--grid", "--pool", "gap", "token", "cls", "--subset", "30")
+    assert "plain/last.pt, no --pool cls" in capsys.readouterr().out
+    lines = lines_of(figures[0].axes[0])
+    names = ["plain, epoch 3, gap", "plain, epoch 3, token"]
+    names += [f"cls, epoch 3, {pool}" for pool in ("gap", "token", "cls")]
+    assert list(lines) == names and results[1]["pools"] == ["gap", "token", "cls"]
+    cells = {(cell["pool"], cell["layer"]): cell["linear"] for cell in results[1]["cells"]}
+    for pool in results[1]["pools"]:
+        assert lines[f"cls, epoch 3, {pool}"] == [results[1]["layers"], [cells[pool, x] for x in results[1]["layers"]]]
+    alone = call(tmp_path / "cls", "--layer", "mid", "--pool", "cls", "--subset", "30")[0]["cells"]
+    assert alone[0]["linear"] == cells["cls", "mid"]
+
+
+def test_fid_against_accuracy(tmp_path, figures, capsys):
+    """Two runs, files of different order, a checkpoint that only one of the tools has seen."""
+    def probed(run, epoch, accuracy):
+        cells = [{"layer": "out_1", "level": 11, "linear": value} for value in (accuracy, accuracy - 9)]
+        return {"checkpoint": f"runs/{run}/epoch_{epoch}.pt", "epoch": epoch, "dataset": "mini", "cells": cells}
+
+    def scored(run, epoch, fid):
+        return {"fid": fid, "is_mean": 3, "checkpoint": f"runs/{run}/epoch_{epoch}.pt", "epoch": epoch}
+
+    a = [probed("a", 400, 62.0), probed("a", 200, 60.0), probed("b", 200, 50.0)]
+    (tmp_path / "p.json").write_text(json.dumps({"top1": 62, "checkpoints": a}))
+    results = [scored("b", 200, 9.0), scored("a", 200, 7.5), scored("a", 400, 6.5), scored("a", 600, 6.0)]
+    (tmp_path / "f.json").write_text(json.dumps({"results": results}))
+    call(tmp_path / "p.json", tmp_path / "f.json", "--plot", tmp_path / "fid.png")
+    axes = figures[0].axes[0]
+    assert lines_of(axes) == {"a": [[7.5, 6.5], [60, 62]], "b": [[9], [50]]} and is_png(tmp_path / "fid.png")
+    ends = [(tuple(text.xyann), tuple(text.xy)) for text in axes.texts if text.arrow_patch]
+    assert [(start, end) for start, end in ends if start != end] == [((7.5, 60), (6.5, 62))]
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["200", "400", "200"]
+    assert figures[0].get_suptitle() == "mini"
+    (tmp_path / "f.json").write_text(json.dumps({"results": results[3:]}))
+    with pytest.raises(SystemExit):
+        call(tmp_path / "p.json", tmp_path / "f.json", "--plot", tmp_path / "fid.png")
+    assert "no checkpoint has both" in capsys.readouterr().err
+
+
+def test_training_loss_of_a_run_that_is_going(tmp_path, figures):
+    """A running mean leaves a straight line as it is; the last line of the log is half written."""
+    lines = [{"step": 0, "args": {"batch": 64, "dataset": "mini"}}]
+    lines += [{"step": step, "loss": 9.0, "loss_diffusion": 2 - step / 1000} for step in range(10, 1010, 10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 1010, "lo')
+    call(tmp_path, "--curves", "--plot", tmp_path / "c.png")
+    x, y = lines_of(figures[0].axes[0])[tmp_path.name]
+    assert y == pytest.approx([2 - images / 64000 for images in x]) and figures[0].get_suptitle() == "mini"
+    assert 6400 <= x[0] < 10000 and 60000 < x[-1] <= 64000 and len(x) > 80
+
+
+def test_features_of_both_splits(run, tmp_path):
+    """At step 0, where no noise is added, they are the network's on the images themselves."""
+    call(run / "epoch_1.pt", "--layer", "out_2", "--t", "0", "--pixels", "--features", tmp_path / "f.npz")
+    stored, model = np.load(tmp_path / "f.npz"), probe.load_checkpoint(run / "epoch_1.pt")
+    for split in ("train", "test"):
+        images, labels, _ = train_unet.load_data(model.args, split)
+        want = model.net.features(images / 127.5 - 1, torch.zeros(len(images)))["out_2"]
+        assert np.allclose(stored[split], want, atol=1e-5) and stored[split].dtype == np.float32
+        assert np.array_equal(stored[f"{split}_labels"], labels)
+
+
+def test_another_data_set(run, tmp_path):
+    """Brightness that no training image had, in three classes, at 32 pixels: the network sees 16."""
+    for split, n in (("train", 20), ("test", 8)):
+        for label in range(3):
+            folder = tmp_path / "other" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(np.full((32, 32, 3), 100 * label + i, np.uint8)).save(folder / f"{i}.png")
+    argv = ["--dataset", "other", "--data", tmp_path, "--batchnorm", "--lr", "0.1"]
+    result = call(run / "epoch_1.pt", *argv, "--epochs", "15")[0]
+    assert result["dataset"] == "other" and "60 train, 24 test, 3 classes" in result["protocol"]["images"]
+    assert result["cells"][0]["linear"] > 90
 
 
 def test_broken_weights_are_an_error(run, tmp_path, capsys):
@@ -320,8 +581,9 @@ def rank_main(rank, port, path, argv):
 
 
 def test_two_ranks_equal_one(run, tmp_path):
-    """An odd batch, blocks that do not divide, batch normalisation, several layers."""
-    argv = [run / "epoch_1.pt", "--layer", "out_1", "out_5", "--t", "11", "130", "--batchnorm", "--batch", "27"]
+    """An odd batch, a last one of a single image, blocks that do not divide, standardised features, several layers."""
+    argv = [run / "epoch_1.pt", "--layer", "out_1", "out_5", "--t", "11", "130", "--batchnorm", "--batch", "13"]
+    argv += ["--subset", "79"]
     one = call_and_keep_heads(tmp_path / "one", argv)[0]["cells"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
