@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
@@ -155,7 +156,8 @@ def test_sigterm_saves_and_resumes(tmp_path):
     """The script also runs when copied alone into an empty folder, which is how this test runs it."""
     out, alone = tmp_path / "run", shutil.copy(ROOT / "train_unet.py", tmp_path)
     command = [alone if part.endswith("train_unet.py") else part for part in script("--epochs", "5", "--out", str(out))]
-    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     file = out / "metrics.jsonl"
     while not (file.is_file() and len(file.read_text().splitlines()) > 2):
         assert run.poll() is None
@@ -166,7 +168,7 @@ def test_sigterm_saves_and_resumes(tmp_path):
     step = load(out)["step"]
     assert 20 <= step < 6250
     command += ["--resume", "--max-steps", str(step + 10)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=120)
     assert load(out)["step"] == step + 10
     assert [line["step"] for line in metrics(out)] == list(range(10, step + 11, 10))
 
