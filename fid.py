@@ -341,7 +341,7 @@ def dataset_reference(name, data, samples, net, args, rank, world):
     Both are kept in DATA/.fid under a name with hashes of pixels and weights: what was made from others is not found.
     """
     script = importlib.import_module("train_unet")  # reads the pixels, whatever trained the network
-    flags = script.parse_args(["--dataset", name, "--data", data, "--resolution", str(samples.size[0])])
+    flags = argparse.Namespace(dataset=name, data=data, resolution=samples.size[0])
     pixels = script.load_data(flags, "train")[0]  # (N, 3, H, W) uint8, on every rank
     n, size = len(pixels), pixels.shape[2:]
     images = in_batches(f"the training set {name}", n, size, lambda i: pixels[i.start : i.stop], args.batch)

@@ -255,7 +255,7 @@ def probe(model, args, device):
     """Probe a checkpoint: a dict of plain values, the protocol and the cells of probe_level."""
     train, test = load_split(model, args, "train", device), load_split(model, args, "test", device)
     args, result = protocol_defaults(args, model, train, device)
-    x0 = train.x0(torch.arange(2, device=device), None)  # (2, C, H, W), to see the layers
+    x0 = train.x0(torch.arange(min(2, len(train.labels)), device=device), None)  # (2, C, H, W), to see the layers
     pools = {}  # {pool: {layer: width}}
     for pool in args.pool:
         try:
@@ -346,24 +346,25 @@ def plot_lines(title, settings, *panels):
 
 def plot_probes(results):
     """Accuracy over layers: lines for several poolings, else maps of each run's epochs, or a checkpoint's levels."""
-    layers, maps = results[0]["layers"], {}  # {(folder, name): {column: accuracy of each layer}}
+    maps = {}  # {(folder, name, layers): {column: accuracy of each layer}}
     one_level = all(len(r["levels"]) == 1 for r in results)
     title = results[0]["dataset"] + (f", {results[0]['axis'][0]} = {results[0]['levels'][0]:g}" if one_level else "")
     if any(len(r["pools"]) > 1 for r in results):
-        lines = [(f"{r['name']}, {pool}", layers, [cell["linear"] for cell in r["cells"] if cell["pool"] == pool])
+        lines = [(f"{r['name']}, {pool}", r["layers"], [cell["linear"] for cell in r["cells"] if cell["pool"] == pool])
                  for r in results for pool in r["pools"]]  # fmt: skip
         return plot_lines(title, {"xlabel": "layer"}, (ACCURACY, lines))
     for r in sorted(results, key=lambda result: result["epoch"]):
         run, columns = Path(r["checkpoint"]).absolute().parent, [r["epoch"]] if one_level else r["levels"]
         rows = np.reshape([cell["linear"] for cell in r["cells"] if cell["pool"]], (len(columns), -1))
-        maps.setdefault((run, run.name if one_level else r["name"]), {}).update(zip(columns, rows, strict=True))
+        name = run.name if one_level else r["name"]
+        maps.setdefault((run, name, *r["layers"]), {}).update(zip(columns, rows, strict=True))
     values = [np.stack([*columns.values()], 1) for columns in maps.values()]  # each (L, columns)
-    low, high = np.min(np.hstack(values)), np.max(np.hstack(values))
-    size = 1.5 + sum(1 + 0.5 * len(columns) for columns in maps.values()), max(3, 1.5 + 0.35 * len(layers))
+    low, high = min(map(np.min, values)), max(map(np.max, values))
+    size = 1.5 + sum(1 + 0.5 * len(columns) for columns in maps.values()), max(3, 1.5 + 0.35 * len(values[0]))
     figure = Figure(size, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, ((_, name), columns), value in zip(panels, maps.items(), values, strict=True):
+    for axes, ((_, name, *layers), columns), value in zip(panels, maps.items(), values, strict=True):
         image = axes.imshow(value, aspect="auto", vmin=low, vmax=high)
         for (y, x), v in np.ndenumerate(value):
             color = "white" if v < (low + high) / 2 else "black"

@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import sys
+import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +55,9 @@ def setup_distributed(device):
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code that a file may carry is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about foreign pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file may raise anything
         fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
 
@@ -159,7 +162,7 @@ def draw_grid(images, columns, names):
 
 def add_sampling_flags(add):
     """The flags of generate, which fid.py has as well; add is an add_argument."""
-    add("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive, DiT 250; RF: Euler if given")
+    add("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive (no steps), DiT 250")
     add("--labels", nargs="+", default=["balanced"], metavar="CLASS",
         help="of class-conditional samples: balanced (image i has class i modulo their number), random, or numbers")
     add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off; None: 1.5, [P] Tab. 8")

@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -50,7 +51,7 @@ from tqdm import tqdm
 SIZES = {  # width, depth, heads: [DiT] Tab. 1. UNSPECIFIED: tiny is ours, for a CPU
     "tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
 }
-PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0, "cooldown": 0.0,  # [P] Tab. 8, 11
+PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0, "cooldown": 0.0,  # [P]: latents
          "label_drop": 0.1, "cl_hidden": 4096}  # [LDiT]'s; [MoCo]'s for ViTs
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}  # ours
 # where there is no folder to count them in
@@ -409,13 +410,14 @@ def read_folder(root, split, resolution):
     cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.npy"
     if not cache.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        images = np.lib.format.open_memmap(f"{cache}.tmp", "w+", np.uint8, (len(pairs), 3, resolution, resolution))
+        tmp, shape = f"{cache}.{os.getpid()}.tmp", (len(pairs), 3, resolution, resolution)  # nodes may share a disk
+        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
             for i, image in enumerate(tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img")):
                 images[i] = image
         images.flush()
-        os.replace(f"{cache}.tmp", cache)
+        os.replace(tmp, cache)
     images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # ranks share it
     return images, torch.tensor([label for _, label in pairs]), classes
 
@@ -790,7 +792,8 @@ def moco_loss(q, k, temperature=0.2):
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ keys.T / temperature  # (B, B world)
     target = torch.arange(len(q), device=q.device) + rank * len(q)
-    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": q.std(0).mean() * q.shape[1] ** 0.5}
+    spread = q.std(0, correction=0).mean() * q.shape[1] ** 0.5
+    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": spread}
     return 2 * temperature * F.cross_entropy(logits, target), stats
 
 
@@ -848,7 +851,9 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code that a file may carry is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about foreign pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file may raise anything
         fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
 
@@ -884,7 +889,8 @@ def load_run(path, parts):
     state = read_checkpoint(path)
     try:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler has no state where the run was not in fp16
+                part.load_state_dict(state[name])
         return state["step"]
     except Exception:  # as above
         fail(f"--resume: {path} is damaged or of another network: start over in another --out")
@@ -1031,7 +1037,8 @@ def resolve_flags(parser, args, defaults, name):
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.save_every = args.save_every or max(1, args.epochs // 10)  # [P] Tab. 11
+    # [P] Tab. 11: every 200; UNSPECIFIED: short runs
+    args.save_every = args.save_every or (200 if args.epochs >= 1000 else max(1, args.epochs // 10))
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
     for key, value in vars(args).items():
         least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
@@ -1083,7 +1090,7 @@ def teacher_key(ema, projector, diffusion, view, level):
     """Key (B, 256) of the EMA network, of a second view at a fixed level of its own; the pass stops at --layer. [P]"""
     x0, _, noise, _, aug = view
     x_t, t = diffusion.inputs(x0, level, noise)
-    return projector(*ema.encode(x_t, t, aug=aug))  # the teacher is never told a class
+    return projector(*ema.encode(x_t, t, aug=aug))  # UNSPECIFIED: the teacher is never told a class
 
 
 def main(args):
@@ -1172,7 +1179,7 @@ def main(args):
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
         # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for the sake of short runs.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; [P] does not say
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; latents: UNSPECIFIED
         stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # fp16 skips such steps
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:

@@ -5,7 +5,7 @@
 [EDM]  Karras et al. 2022, arXiv:2206.00364   [EDM2] Karras et al. 2023, arXiv:2312.02696
 [RF]   Liu et al. 2022, arXiv:2209.03003      [MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
 
-    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond  # a laptop, four minutes
+    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond  # a laptop, five minutes
     torchrun --nproc_per_node=4 train_unet.py --dataset cifar100 --model edm --backbone ddpm --self-cond --cl 0.01
 
 Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper.
@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +51,7 @@ BACKBONES = {  # [P] Tab. 9. UNSPECIFIED: tiny is ours, for a CPU
     "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
     "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False},
 }
-LAYERS = {  # [P] Tab. 10: most semantic decoder block on CIFAR-10, elsewhere
+LAYERS = {  # [P] Tab. 10: most semantic decoder block on CIFAR-10, CIFAR-100. UNSPECIFIED: elsewhere as on CIFAR-100
     ("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "out_8"),
     ("edm", "ddpm"): ("out_7", "out_6"), ("edm", "ddpmpp"): ("out_9", "out_8"),
     ("rf", "ddpm"): ("out_7", "out_7"), ("rf", "ddpmpp"): ("out_8", "out_8"),
@@ -467,7 +468,7 @@ class RF(Formulation):
         return F.mse_loss(v_hat.float(), noise - x0), feat
 
     def sample(self, net, noise, y=None):
-        """Integrate dx/dt = v from t = 1 to 0: adaptive RK45, tolerance 1e-5. noise (B, C, H, W) -> x0, not clipped.
+        """Integrate dx/dt = v from t = 1 to 0 by adaptive RK45: noise (B, C, H, W) -> x0, not clipped.
 
         The error norm runs over the batch: the result depends a little on what is solved together.
         """
@@ -546,13 +547,14 @@ def read_folder(root, split, resolution):
     cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.npy"
     if not cache.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        images = np.lib.format.open_memmap(f"{cache}.tmp", "w+", np.uint8, (len(pairs), 3, resolution, resolution))
+        tmp, shape = f"{cache}.{os.getpid()}.tmp", (len(pairs), 3, resolution, resolution)  # nodes may share a disk
+        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
             for i, image in enumerate(tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img")):
                 images[i] = image
         images.flush()
-        os.replace(f"{cache}.tmp", cache)
+        os.replace(tmp, cache)
     images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # ranks share it
     return images, torch.tensor([label for _, label in pairs]), classes
 
@@ -758,7 +760,8 @@ def moco_loss(q, k, temperature=0.2):
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ keys.T / temperature  # (B, B world)
     target = torch.arange(len(q), device=q.device) + rank * len(q)
-    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": q.std(0).mean() * q.shape[1] ** 0.5}
+    spread = q.std(0, correction=0).mean() * q.shape[1] ** 0.5
+    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": spread}
     return 2 * temperature * F.cross_entropy(logits, target), stats
 
 
@@ -816,7 +819,9 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code that a file may carry is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about foreign pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file may raise anything
         fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
 
@@ -852,7 +857,8 @@ def load_run(path, parts):
     state = read_checkpoint(path)
     try:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler has no state where the run was not in fp16
+                part.load_state_dict(state[name])
         return state["step"]
     except Exception:  # as above
         fail(f"--resume: {path} is damaged or of another network: start over in another --out")
@@ -901,7 +907,7 @@ def parse_args(argv=None):
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo v3 loss (default: 0; [P]: 0.01)")
     add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or original (default: time)")
     add("--cl-t", type=float, metavar="LEVEL", help="noise level of the teacher and the probe (default: [P] Tab. 10)")
-    add("--ablate", choices=["uncertainty"], help="EDM with --aug: do without its uncertainty weighting ([P] App. A)")
+    add("--ablate", choices=["uncertainty"], help="EDM with --aug: do without its uncertainty weighting ([P] Tab. 8)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100, tiny-imagenet or a folder of --data (shapes)")
     add("--data", default="./data", metavar="ROOT", help="ROOT/NAME/train/<class>/* if it exists (default: ./data)")
@@ -969,7 +975,8 @@ def resolve_flags(parser, args, defaults, name):
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.save_every = args.save_every or max(1, args.epochs // 10)  # [P] Tab. 11
+    # [P] Tab. 11: every 200; UNSPECIFIED: short runs
+    args.save_every = args.save_every or (200 if args.epochs >= 1000 else max(1, args.epochs // 10))
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
     for key, value in vars(args).items():
         least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
@@ -1020,7 +1027,7 @@ def teacher_key(ema, projector, diffusion, view, level):
     """Key (B, 256) of the EMA network, of a second view at a fixed level of its own; the pass stops at --layer. [P]"""
     x0, _, noise, _, aug = view
     x_t, t = diffusion.inputs(x0, level, noise)
-    return projector(*ema.encode(x_t, t, aug=aug))  # the teacher is never told a class
+    return projector(*ema.encode(x_t, t, aug=aug))  # UNSPECIFIED: the teacher is never told a class
 
 
 def main(args):
@@ -1109,7 +1116,7 @@ def main(args):
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
         # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for the sake of short runs.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; [P] does not say
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; latents: UNSPECIFIED
         stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # fp16 skips such steps
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
