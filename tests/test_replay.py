@@ -417,6 +417,14 @@ def check_grids(script, grids, averages, net, diffusion, out):
             assert (image[:, top : top + 16, left : left + 16] - want).abs().max() <= 1
 
 
+def test_the_last_epoch_is_kept_whatever_save_every_says(tmp_path, monkeypatch):
+    write_data(tmp_path / "data", 17)
+    monkeypatch.setattr(train_uvit, "save_grid", lambda *_: None)
+    run(train_uvit, ["--size", "tiny", "--dataset", "tones", "--resolution", "16", "--batch", "8", "--epochs", "3"],
+        monkeypatch, "--save-every", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*")) == ["epoch_0002.pt", "epoch_0003.pt"]
+
+
 LEVELS = {  # paper.md, section 2
     "unet-ddpm": lambda t: (t * 1000, "uniform", (0.5, 1000)),
     "unet-edm": lambda t: (t * 4, "norm", (-1.2, 1.2)),
