@@ -1,20 +1,19 @@
 """Measure what a checkpoint knows: one linear layer on the frozen feature of every layer, at one or many noise levels.
 
     python probe.py runs/NAME                              # at the paper's layer and level ([P] Tab. 10)
-    python probe.py runs/NAME --grid --pixels --cache      # layers x levels, beside the raw input; quickly
-    python probe.py runs/NAME/epoch_{0800,1000,1200}.pt    # how CIFAR is reported: the best of three
+    python probe.py runs/NAME --grid --pixels --cache      # layers x levels, beside raw input
+    python probe.py runs/NAME/epoch_{0800,1000,1200}.pt    # CIFAR: the best of three
     python probe.py runs/A runs/B --grid --pool gap token cls     # [P] Fig. 4: accuracy over layers
     python probe.py runs/{A,B}/epoch_*.pt --grid --t 0.25         # [P] Fig. 5: layers x epochs
     python probe.py probe_epochs.json fid.json --plot fid.png     # [P] Fig. 3
     python probe.py runs/A runs/B --curves                 # [P] Fig. 6: training loss so far
-    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss     # held-out loss per level, paired
+    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss     # held-out loss, paired
 
-The protocol is that of [P] (DDAE++, arXiv:2505.10999, Tab. 11): EMA weights, cross-entropy, Adam with a cosine to 0,
-horizontal flip only, fresh noise in each epoch, no class or augmentation label; one fixed noise per test image.
-UNSPECIFIED: what [P] leaves open; [DDAE] (arXiv:2303.09769) is its ancestor.
+The protocol of [P] (DDAE++, arXiv:2505.10999, Tab. 11; ancestor [DDAE], arXiv:2303.09769): EMA weights, cross-entropy,
+Adam with a cosine to 0, horizontal flip only, fresh noise in each epoch, no label; one fixed noise per test image.
 
 x0 clean image   noise unit noise   level step, sigma or time   feat (B, D) pooled feature, layers side by side
-B batch   N images of a split   D width, summed over the L layers probed   K classes   T levels
+B batch   N images of a split   D width, summed over the L layers probed   K classes
 """
 
 import argparse
@@ -34,8 +33,7 @@ from tqdm import tqdm
 
 from sample import fail, load_checkpoint, setup_distributed
 
-SIGMAS = [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2, 6, 20, 80]
-TIMES = [0.02, *(i / 10 for i in range(1, 10)), 0.98]
+SIGMAS, TIMES = [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2, 6, 20, 80], [0.02, *(i / 10 for i in range(1, 10)), 0.98]
 GRIDS = {  # the noise level; levels of --grid, ours, around those of [P] Tab. 10; levels of --loss
     "ddpm": ("t, step of 1000", [1, 11, 33, 66, 130, 260], [1, 10, 30, *range(100, 1001, 100)]),
     "edm": ("s, noise std", [0.0075, 0.023, 0.06, 0.14, 0.2964, 0.585], SIGMAS),
@@ -43,16 +41,15 @@ GRIDS = {  # the noise level; levels of --grid, ours, around those of [P] Tab. 1
     "dit": ("t, time", [0.06, 0.15, 0.25, 0.35, 0.5], TIMES),
 }
 BATCH = {"ddpm": 512, "tiny": 128}  # of pixels; others 256 ([P] Tab. 11; tiny: ours)
-BLOCK = 512  # images per pass without training: fixed, because a block draws its noise as a whole
-KNN_K, KNN_TEMPERATURE = 20, 0.07  # as in InstDisc and DINO
+BLOCK, KNN_K, KNN_TEMPERATURE = 512, 20, 0.07  # a block of images draws its noise as a whole: fixed
 ORDER, NOISE, TRAIN, FLIPPED, TEST, SUBSET, LOSS = range(7)  # streams of random numbers under one --seed
-COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's, for all eyes
+COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
 ACCURACY = "linear top-1 accuracy, %"
 
 
 # ---- 1. Random numbers and ranks ---------------------------------------------------------------------------
 def stream_generator(device, *numbers):
-    """A generator of its own for each (seed, stream, index, ..). Hashed: the CPU's reads 32 bits of a seed."""
+    """A generator of its own for each (seed, stream, index, ..)."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
@@ -78,7 +75,7 @@ class Split:
     to_x0: object  # of the train script
 
     def x0(self, index, flip):
-        """Images by index (B,), mirrored where flip (B,) is true: (B, C, H, W) float32 on the device."""
+        """Images by index (B,), mirrored where flip (B,): (B, C, H, W) float32 on the device."""
         return self.to_x0(self.images[index.to(self.images.device)].to(index.device), flip)
 
 
@@ -440,7 +437,7 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="every layer, at several levels")
     add("--pool", nargs="+", choices=["gap", "token", "cls"], default=["gap"], help="mean, random token, [CLS] token")
     add("--pixels", action="store_true", help="also the flattened clean pixels or latents")
-    add = parser.add_argument_group("protocol ([P])").add_argument
+    add = parser.add_argument_group("protocol ([P]) and run").add_argument
     add("--epochs", type=int, help="[P] Tab. 11; None: CIFAR 15, others 30")
     add("--lr", type=float, help="[P] Tab. 11; None: pixels 4e-3, latents 2e-3")
     add("--batch", type=int, help="[P] Tab. 11; None: ddpm 512, others 256, latents 1440, tiny (ours) 128")
@@ -448,7 +445,6 @@ def parse_args(argv=None):
     add("--batchnorm", action="store_true", help="standardise features by training mean and std")
     add("--subset", type=int, metavar="N", help="at most N random images of each split")
     add("--cache", action="store_true", help="fix the noise and train on stored features; kNN, too")
-    add = parser.add_argument_group("run").add_argument
     add("--dataset", help="None: the training run's")
     add("--data", help="data root, or the cache of latents; None: the training run's")
     add("--json", type=Path, metavar="FILE", help="all results; None: with --grid, --loss, several RUNs")
@@ -480,11 +476,11 @@ def parse_args(argv=None):
 
 def main(args):
     """Probe every checkpoint, or do what the flags ask instead; returns the results."""
-    for path in filter(None, [args.json, args.plot, args.features]):
-        try:
+    try:
+        for path in filter(None, [args.json, args.plot, args.features]):
             path.open("a").close()
-        except OSError as error:
-            fail(f"cannot write {path}: {error.strerror}; name another file")
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; name another file")
     if args.curves or args.files:
         return (plot_training if args.curves else plot_fid)(args.paths).savefig(args.plot, dpi=150)
     rank, world, device = setup_distributed(args.device)
