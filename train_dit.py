@@ -192,8 +192,8 @@ class DiT(nn.Module):
         for module in [*silent, self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]]:
             nn.init.zeros_(module.weight)
 
-    def run(self, x, t, y, aug, encode=False, maps=None):
-        """All blocks: (prediction, feat, e_t). encode: stop at --layer. maps: a dict for all outputs."""
+    def run(self, x, t, y, aug, stop=None, maps=None):
+        """All blocks: (prediction, feat, e_t). stop: the last block to run. maps: a dict for their outputs."""
         if x.shape[1:] != self.shape or aug is not None or (y is not None and not self.classes):
             raise ValueError(f"x must be (B, *{self.shape}), not {tuple(x.shape)}; aug None; y None if unconditional")
         e = e_t = self.t_embedder(t)  # (B, D)
@@ -201,17 +201,19 @@ class DiT(nn.Module):
             y = torch.full_like(t, -1, dtype=torch.long) if y is None else y
             e = e + self.y_embedder(torch.where(y < 0, self.classes, y))
         h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D), patches row by row
+        feat = None
         for name, block in zip(self.layers, self.blocks, strict=True):
             h = block(h, e, self.feat_rope)
             if maps is not None:
                 maps[name] = h
             if name == self.layer:
                 feat = h.float().mean(dim=1)  # (B, D)
-                if encode:
-                    return None, feat, e_t
+            if name == stop:
+                return None, feat, e_t
+            if name == self.layer and self.self_cond:
                 # [P] self-conditioning: the feature joins the embedding of all later blocks. Its scale depends on
                 # e_t, time alone: the class should not decide how much the content counts.
-                e = self.self_cond(e, e_t, feat) if self.self_cond else e
+                e = self.self_cond(e, e_t, feat)
         (C, H, _), p, last = self.shape, self.patch, self.final_layer
         shift, scale = last["adaLN_modulation"](e)[:, None].chunk(2, dim=2)
         h = last["linear"](last["norm_final"](h) * (1 + scale) + shift)  # (B, N, p^2 C), channel fastest
@@ -229,14 +231,14 @@ class DiT(nn.Module):
 
     def encode(self, x, t, y=None, aug=None):
         """Up to --layer alone: feature (B, D) float32, time embedding e_t (B, D)."""
-        return self.run(x, t, y, aug, encode=True)[1:]
+        return self.run(x, t, y, aug, stop=self.layer)[1:]
 
-    def features(self, x, t, y=None, pool="gap"):
-        """Outputs of all blocks, pooled by "gap" or "token" (a random one): {name: (B, D) float32} in depth order."""
+    def features(self, x, t, y=None, pool="gap", last=None):
+        """Outputs of the blocks up to `last`, pooled by "gap" or "token" (a random one): {name: (B, D) float32}."""
         if pool not in ("gap", "token"):
             raise ValueError(f"a DiT has no [CLS] token: use --pool gap or token, not {pool}")
         maps, image = {}, torch.arange(len(x), device=x.device)
-        self.run(x, t, y, None, maps=maps)
+        self.run(x, t, y, None, last, maps)
 
         def pooled(h):  # (B, N, D)
             if pool == "gap":
@@ -288,9 +290,9 @@ class Formulation(nn.Module):
         if not low <= level <= high or isinstance(low, int) and level % 1:
             raise ValueError(f"noise level {level:g}: {type(self).__name__} takes {self.unit} from {low} to {high}")
 
-    def features(self, net, x0, level, noise, y=None, pool="gap"):
-        """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P]"""
-        return net.features(*self.inputs(x0, level, noise), y, pool)
+    def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
+        """Features of x0 noised at `level` (a number or (B,)), see net.features: {layer: (B, D) float32}. [P]"""
+        return net.features(*self.inputs(x0, level, noise), y, pool, last)
 
 
 class LatentRF(Formulation):

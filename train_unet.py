@@ -231,8 +231,8 @@ class UNet(nn.Module):
                 nn.init.zeros_((module.conv2[1] if isinstance(module, ResBlock) else module.output).weight)
         nn.init.zeros_(self.final.weight)
 
-    def run(self, x, t, y, aug, encode=False, maps=None):
-        """Down, middle, up: (prediction, feat, e_t). encode: stop at --layer. maps: a dict for all blocks' outputs."""
+    def run(self, x, t, y, aug, stop=None, maps=None):
+        """Down, middle, up: (prediction, feat, e_t). stop: the last block to run. maps: a dict for their outputs."""
         if x.shape[1:] != self.shape or y is not None:
             raise ValueError(f"x must be (B, {', '.join(map(str, self.shape))}) and y None, got {tuple(x.shape)}, {y}")
         e_t = self.time_emb(t)  # (B, 4 width)
@@ -242,6 +242,7 @@ class UNet(nn.Module):
             skips.append(block(skips[-1], e))
         h = self.middle["attn"](self.middle["res1"](skips[-1], e))
         h = self.middle["res2"](h, e)
+        feat = None
         for name, block in zip(self.up_names, self.up, strict=True):
             if name is None:
                 h = block(h, e)  # twice the resolution
@@ -251,11 +252,12 @@ class UNet(nn.Module):
                 maps[name] = h
             if name == self.layer:
                 feat = h.float().mean(dim=(2, 3))  # (B, D)
-                if encode:
-                    return None, feat, e_t
+            if name == stop:
+                return None, feat, e_t
+            if name == self.layer and self.self_cond:
                 # [P] self-conditioning: the feature joins the embedding of all later blocks. Its scale depends on
                 # e_t, time alone: how an image was augmented should not decide how much its content counts.
-                e = self.self_cond(e, e_t, feat) if self.self_cond else e
+                e = self.self_cond(e, e_t, feat)
         return self.final(F.silu(self.norm(h))), feat, e_t
 
     def forward(self, x, t, y=None, aug=None, with_feat=False):
@@ -269,14 +271,14 @@ class UNet(nn.Module):
 
     def encode(self, x, t, y=None, aug=None):
         """Up to --layer alone: pooled feature (B, D) float32, time embedding e_t (B, 4 width)."""
-        return self.run(x, t, y, aug, encode=True)[1:]
+        return self.run(x, t, y, aug, stop=self.layer)[1:]
 
-    def features(self, x, t, y=None, pool="gap"):
-        """Means over pixels of all decoder blocks, {name: (B, D) float32} in depth order; pool can only be "gap"."""
+    def features(self, x, t, y=None, pool="gap", last=None):
+        """Means over pixels of the decoder blocks up to `last`, {name: (B, D) float32} in order; pool must be "gap"."""
         if pool != "gap":
             raise ValueError(f"a UNet has no tokens: use --pool gap, not {pool}")
         maps = {}
-        self.run(x, t, y, None, maps=maps)
+        self.run(x, t, y, None, last, maps)
         return {name: h.float().mean(dim=(2, 3)) for name, h in maps.items()}
 
 
@@ -322,9 +324,9 @@ class Formulation(nn.Module):
         if not low <= level <= high or isinstance(low, int) and level % 1:
             raise ValueError(f"noise level {level:g}: {type(self).__name__} takes {self.unit} from {low} to {high}")
 
-    def features(self, net, x0, level, noise, y=None, pool="gap"):
-        """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P]"""
-        return net.features(*self.inputs(x0, level, noise), y, pool)
+    def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
+        """Features of x0 noised at `level` (a number or (B,)), see net.features: {layer: (B, D) float32}. [P]"""
+        return net.features(*self.inputs(x0, level, noise), y, pool, last)
 
 
 class DDPM(Formulation):

@@ -186,12 +186,12 @@ class UViT(nn.Module):
             tokens = [(self.cls_token + self.cls_pos_embed).expand(len(x), -1, -1), *tokens]
         return torch.cat(tokens, dim=1)
 
-    def run(self, x, t, y, aug, encode=False, maps=None):
-        """Input blocks, middle, output blocks: (prediction, feat, e_t). encode: stop at --layer. maps: all outputs."""
+    def run(self, x, t, y, aug, stop=None, maps=None):
+        """Input blocks, middle, output blocks: (prediction, feat, e_t). stop: the last block. maps: for outputs."""
         if x.shape[1:] != self.shape or (y is not None and not self.classes):
             raise ValueError(f"x must be (B, *{self.shape}), not {tuple(x.shape)}; y None if unconditional")
         e_t = time_sinusoid(t, self.emb_dim)  # (B, D)
-        h, skips = self.tokens(x, e_t, y, aug), []
+        h, skips, feat = self.tokens(x, e_t, y, aug), [], None
         for name, block in zip(self.layers, [*self.in_blocks, self.mid_block, *self.out_blocks], strict=True):
             h = block(h, skips.pop() if name.startswith("out") else None)
             if name.startswith("in"):
@@ -200,8 +200,8 @@ class UViT(nn.Module):
                 maps[name] = h
             if name == self.layer:
                 feat = self.pool(h, self.target)
-                if encode:
-                    return None, feat, e_t
+            if name == stop:
+                return None, feat, e_t
         h = self.decoder_pred(self.norm(h[:, -self.length :]))  # (B, L, 3 patch^2), channel fastest
         side, p = self.shape[1] // self.patch, self.patch
         h = h.view(-1, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.shape)  # (B, 3, H, W)
@@ -218,7 +218,7 @@ class UViT(nn.Module):
 
     def encode(self, x, t, y=None, aug=None):
         """Up to --layer alone: feature (B, D) float32, time embedding e_t (B, D)."""
-        return self.run(x, t, y, aug, encode=True)[1:]
+        return self.run(x, t, y, aug, stop=self.layer)[1:]
 
     def pool(self, h, kind):
         """Tokens (B, N, D) -> (B, D) float32: "gap", mean of the image tokens; "token", a random one; or "cls"."""
@@ -229,12 +229,12 @@ class UViT(nn.Module):
             return h[:, 0].float()
         return image[torch.arange(len(h), device=h.device), torch.randint(self.length, (len(h),), device=h.device)]
 
-    def features(self, x, t, y=None, pool="gap"):
-        """Outputs of all blocks, pooled by "gap", "token" or "cls": {name: (B, D) float32} in depth order."""
+    def features(self, x, t, y=None, pool="gap", last=None):
+        """Outputs of the blocks up to `last`, pooled by "gap", "token" or "cls": {name: (B, D) float32} in order."""
         if pool not in ("gap", "token", "cls") or (pool == "cls" and self.cls_token is None):
             raise ValueError(f"--pool {pool} needs a network trained with --cls-token; there are gap, token and cls")
         maps = {}
-        self.run(x, t, y, None, maps=maps)
+        self.run(x, t, y, None, last, maps)
         return {name: self.pool(h, pool) for name, h in maps.items()}
 
 
@@ -262,9 +262,9 @@ class Formulation(nn.Module):
         if not low <= level <= high or isinstance(low, int) and level % 1:
             raise ValueError(f"noise level {level:g}: {type(self).__name__} takes {self.unit} from {low} to {high}")
 
-    def features(self, net, x0, level, noise, y=None, pool="gap"):
-        """Features of every layer of x0 noised at `level` (a number or (B,)): {name: (B, D) float32}. [P]"""
-        return net.features(*self.inputs(x0, level, noise), y, pool)
+    def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
+        """Features of x0 noised at `level` (a number or (B,)), see net.features: {layer: (B, D) float32}. [P]"""
+        return net.features(*self.inputs(x0, level, noise), y, pool, last)
 
 
 class DDPM(Formulation):

@@ -109,9 +109,9 @@ def test_features_are_those_of_the_noisy_image(diffusion, level, clock, signal, 
         def features(self, *given):
             return given
 
-    x, t, label, pool = diffusion.features(Net(), x0, level, noise, y, "token")
+    x, t, label, pool, last = diffusion.features(Net(), x0, level, noise, y, "token", "mid")
     assert torch.allclose(x, float(signal) * x0 + float(spread) * noise, atol=1e-5)
-    assert t.tolist() == pytest.approx([clock] * 2) and label is y and pool == "token"
+    assert t.tolist() == pytest.approx([clock] * 2) and label is y and (pool, last) == ("token", "mid")
 
 
 def test_guided_sampling_of_two_steps_by_hand():

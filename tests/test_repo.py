@@ -62,9 +62,9 @@ def test_seam(path):
     net, diffusion = module.build(module.parse_args(TINY[path.stem]))
     assert list(inspect.signature(net.forward).parameters) == ["x", "t", "y", "aug", "with_feat"]
     assert list(inspect.signature(net.encode).parameters) == ["x", "t", "y", "aug"]
-    assert list(inspect.signature(net.features).parameters) == ["x", "t", "y", "pool"]
+    assert list(inspect.signature(net.features).parameters) == ["x", "t", "y", "pool", "last"]
     assert list(inspect.signature(diffusion.add_noise).parameters) == ["x0", "level", "noise"]
-    assert list(inspect.signature(diffusion.features).parameters) == ["net", "x0", "level", "noise", "y", "pool"]
+    assert " ".join(inspect.signature(diffusion.features).parameters) == "net x0 level noise y pool last"
     assert list(inspect.signature(diffusion.sample).parameters)[:2] == ["net", "noise"]
 
 
