@@ -21,10 +21,10 @@ B batch   C,H,W image   N images   D = 2048 feature width   K = 1008 classes   S
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from filelock import FileLock
 from torchvision.models import inception
 from tqdm import tqdm
 
-from sample import add_sampling_flags, fail, generate, load_checkpoint, read_checkpoint, sampling, setup_distributed
+import train_unet
+from sample import add_sampling_flags, generate, load_checkpoint, sampling
+from train_unet import fail, open_image, read_checkpoint, setup_distributed, told
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA = "6726825d"  # how the file's sha256 begins
@@ -103,27 +105,23 @@ def preprocess(images):
     return 2 * F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
 
-def load_inception(path, device, rank=0, world=1):
+def load_inception(path, device, rank=0):
     """The Inception in eval mode; its attribute sha says which weights these are.
 
-    Args:
-        path: pytorch-fid's weight file, None for torch's hub cache, filled by a download if need be.
+    path: pytorch-fid's weight file, None for torch's hub cache, filled by a download if need be.
     Ends with exit status 2 where the weights are missing, damaged or of another network. A file of another hash is
     used, with a warning: its numbers compare with nothing published.
     """
     net = Inception()
     if path is None:
-        if rank > 0:
-            dist.barrier()  # rank 0 downloads, the others find the file
         try:
-            state = torch.hub.load_state_dict_from_url(
-                WEIGHTS_URL, map_location="cpu", progress=rank == 0, check_hash=True, weights_only=True
-            )
+            with FileLock(Path(torch.hub.get_dir(), "inception.lock")):  # one rank downloads
+                state = torch.hub.load_state_dict_from_url(
+                    WEIGHTS_URL, map_location="cpu", progress=rank == 0, check_hash=True, weights_only=True
+                )
         except Exception:  # no network, a wrong hash, or whatever a damaged file in the cache may raise
             place = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.split("/")[-1])
             fail(f"no intact Inception weights, no download: put {WEIGHTS_URL} at {place}, or give --weights FILE")
-        if rank == 0 and world > 1:
-            dist.barrier()
         net.sha = WEIGHTS_SHA
     else:
         state = read_checkpoint(path)
@@ -145,10 +143,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     With A = L L^T, A B has the eigenvalues of the symmetric L^T B L, so that eigh in float64 gives the trace of the
     root: no complex numbers, nothing added to the diagonal; singular covariances are fine.
 
-    Args:
-        mean_a, mean_b: (D,); cov_a, cov_b: (D, D), symmetric.
-    Returns:
-        float, at least 0.
+    mean_a, mean_b: (D,); cov_a, cov_b: (D, D), symmetric -> float, at least 0.
     """
     mean_a, cov_a, mean_b, cov_b = (t.double().cpu() for t in (mean_a, cov_a, mean_b, cov_b))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -229,21 +224,14 @@ def in_batches(name, n, size, fetch, batch):
 def read_npz(path, *names):
     """Those of the named arrays that an npz holds, {name: array}; nothing is unpickled, and no other array is read."""
     try:
+        with zipfile.ZipFile(path if os.path.isfile(path) else "") as file:  # a pipe would be waited for
+            size = sum(file.getinfo(f"{name}.npy").file_size for name in names if f"{name}.npy" in file.namelist())
+        if size > max(2**30, 100 * os.path.getsize(path)):
+            raise ValueError  # images do not pack like this: a bomb
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
     except Exception:  # a damaged zip may raise anything
-        fail(f"{path} cannot be read as an npz (damaged, cut short or pickled): delete it and make it anew")
-
-
-def read_png(path):
-    """One PNG -> uint8 (3, H, W)."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "L", "P"):  # alpha and 16 bits have no one way to 8-bit RGB
-                fail(f"{path} has colour mode {image.mode}: save 8-bit RGB without alpha")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Exception:  # a damaged file may raise anything
-        fail(f"{path} is no image that Pillow reads: replace it or take it out of the folder")
+        fail(f"{path} does not exist or cannot be read as an npz (damaged, pickled or a bomb): make it anew")
 
 
 def open_images(path, n, batch):
@@ -251,22 +239,22 @@ def open_images(path, n, batch):
 
     Args:
         path: npz with arr_0, uint8 (N, H, W, 3), as sample.py and [ADM] write; or folder: PNGs directly inside it
-            count, in the order of their names.
+            count, in the order of their names; dotfiles do not.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png")[:n]
+        files = sorted(filter(Path.is_file, path.glob("[!.]*.[pP][nN][gG]")))[:n]
         if not files:
             fail(f"{path} holds no .png files: give a folder of PNGs, lossless as they were sampled, not JPEG")
-        shape = read_png(files[0]).shape  # (3, H, W)
+        width, height = open_image(files[0]).size
 
         def fetch(indices):
-            images = [read_png(files[i]) for i in indices]
+            images = [open_image(files[i]) for i in indices]
             for i, image in zip(indices, images, strict=True):
-                if image.shape != shape:
-                    fail(f"{files[i]} is not {shape[2]}x{shape[1]} as {files[0].name}: FID needs images of one size")
-            return torch.stack(images)
+                if image.size != (width, height):
+                    fail(f"{files[i]} is not {width}x{height} as {files[0].name}: FID needs images of one size")
+            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-        return in_batches(str(path), len(files), shape[1:], fetch, batch)
+        return in_batches(str(path), len(files), (height, width), fetch, batch)
     array = read_npz(path, "arr_0").get("arr_0")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
         found = "no arr_0" if array is None else f"{array.dtype} {array.shape}"
@@ -278,8 +266,6 @@ def open_images(path, n, batch):
 def open_samples(path, args, device):
     """What is to be scored: (Model or None, Images). Checkpoints sample on the fly, so that nothing is kept."""
     path = Path(path)
-    if not path.exists():
-        fail(f"{path} does not exist: give a checkpoint, its run folder, a folder of PNGs or an npz")
     run = path.is_dir() and any((path / name).exists() for name in ("last.pt", "args.json"))
     if path.suffix == ".npz" or (path.is_dir() and not run):
         return None, open_images(path, args.n, args.batch)
@@ -297,11 +283,9 @@ def open_samples(path, args, device):
 def check_images(images, size, args):
     """Refuse images whose covariance would be singular, or that have another size than what they are compared with."""
     if images.n < (2 if args.allow_few else LEAST):
-        fail(f"{images.name}: {images.n} images, but FID needs {LEAST}, as many as features: take more (--n), "
-             "or --allow-few to try things out with 2 or more")  # fmt: skip
+        fail(f"{images.name}: {images.n} images, but FID needs {LEAST}, as many as features; to try, 2: --allow-few")
     if images.size != size:
-        fail(f"{images.name} has {images.size[1]}x{images.size[0]} images, what it is compared with {size[1]}x{size[0]}"
-             ": FID compares at one resolution")  # fmt: skip
+        fail(f"{images.name} has {images.size[1]}x{images.size[0]} images, compared with {size[1]}x{size[0]}: unequal")
 
 
 @torch.no_grad()
@@ -329,9 +313,9 @@ def measure(net, images, batch, rank=0, world=1):
 def read_statistics(path):
     """mu (2048,) and sigma (2048, 2048) of an npz, None, None if it has neither. Images that it holds stay unread."""
     stored = read_npz(path, "mu", "sigma")
-    shapes = {key: array.shape for key, array in stored.items()}
+    shapes = {key: array.shape for key, array in stored.items() if array.dtype.kind == "f"}
     if stored and shapes != {"mu": (2048,), "sigma": (2048, 2048)}:
-        fail(f"{path} holds {shapes}: statistics are mu (2048,) and sigma (2048, 2048)")
+        fail(f"{path} holds {shapes}: statistics are mu (2048,) and sigma (2048, 2048), floating-point numbers")
     return [torch.from_numpy(stored[key]) if stored else None for key in ("mu", "sigma")]
 
 
@@ -340,9 +324,8 @@ def dataset_reference(name, data, samples, net, args, rank, world):
 
     Both are kept in DATA/.fid under a name with hashes of pixels and weights: what was made from others is not found.
     """
-    script = importlib.import_module("train_unet")  # reads the pixels, whatever trained the network
     flags = argparse.Namespace(dataset=name, data=data, resolution=samples.size[0])
-    pixels = script.load_data(flags, "train")[0]  # (N, 3, H, W) uint8, on every rank
+    pixels = train_unet.load_data(flags, "train")[0]  # (N, 3, H, W) uint8, on every rank, whatever trained the network
     n, size = len(pixels), pixels.shape[2:]
     images = in_batches(f"the training set {name}", n, size, lambda i: pixels[i.start : i.stop], args.batch)
     check_images(images, samples.size, args)
@@ -381,8 +364,6 @@ def reference(model, samples, net, args, rank, world):
     if not args.ref or not (path.suffix == ".npz" or len(path.parts) > 1 or any(path.glob("*.png"))):
         data = args.data or (model.args.data if model else "./data")
         return dataset_reference(name, data, samples, net, args, rank, world)
-    if not path.exists():
-        fail(f"--ref {path} does not exist: give a data set's name, a folder of PNGs or an npz")
     mean, cov = (None, None) if path.is_dir() else read_statistics(path)
     if mean is not None:
         if rank == 0:
@@ -412,13 +393,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@told("stopped", (OSError, MemoryError, torch.OutOfMemoryError))
 def main(args):
     """Score the samples. Rank 0 prints and writes; the number, of several the lowest, comes last on stdout."""
     sampling(args)  # its checks
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")  # of the sampler, as in sample.py; the Inception's stays full
-    if args.json and not args.json.absolute().parent.is_dir():
-        fail(f"--json {args.json}: there is no such folder, make it first")
+    torch.backends.cudnn.benchmark = True
+    if args.json and rank == 0:
+        args.json.open("ab").close()  # what cannot be written shows now
 
     # 1. What is scored, with what, against what: mistakes show before the long part.
     opened = [open_samples(path, args, device) for path in args.samples]
@@ -427,7 +410,7 @@ def main(args):
         check_images(images, samples.size, args)
         if not args.ref and model and first and model.args.dataset != first.args.dataset:
             fail(f"{model.path} was trained on {model.args.dataset}, {first.path} on {first.args.dataset}: give --ref")
-    net = load_inception(args.weights, device, rank, world)
+    net = load_inception(args.weights, device, rank)
     mean, cov, made = reference(first, samples, net, args, rank, world)
     if rank == 0:
         print(f"Inception: sha256 {net.sha}; score: 10 splits, order of RandomState(2020), 1008 unbiased logits")
@@ -454,6 +437,7 @@ def main(args):
         if args.json:
             common = {"resolution": samples.size[0], "reference": made, "inception_sha256": net.sha}
             args.json.write_text(json.dumps({"results": results} | common, indent=2) + "\n")
+            print(f"wrote {args.json}")
         which = f" ({f'epoch {model.epoch}' if model else path})" if len(opened) > 1 else ""
         lines.append(f"FID {fid:.2f}  IS {score:.2f} +- {spread:.2f}{which}")
         print(lines[-1])

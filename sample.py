@@ -11,12 +11,9 @@ used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 ev
 import argparse
 import importlib
 import inspect
+import json
 import math
-import os
-import sys
-import warnings
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,43 +24,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from train_unet import fail, read_checkpoint, setup_distributed, told
+
 SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # the only code that a checkpoint may name
 BLOCK = 256  # images that are solved as one ODE: RK45 picks its steps for all of them, so this is fixed
 TILE, MOST_COLUMNS = 64, 20  # pictures: least side of a tile; with more classes a class has no column
 
 
-def fail(message, status=2):
-    """Report the user's mistake: one line on stderr, exit status 2, as argparse does."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # above an open bar
-    raise SystemExit(status)
-
-
-def setup_distributed(device):
-    """Join torchrun's process group, if any: --device auto, cpu or cuda -> rank, world, torch.device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: this torch sees no GPU; use --device cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:  # tensors on the host go through gloo
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    return rank, world, device
-
-
-def read_checkpoint(path):
-    """torch.load of tensors and plain types only: no code that a file may carry is run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice about foreign pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file may raise anything
-        fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
-
-
 class Model(NamedTuple):
-    """What a checkpoint gives: the EMA network in eval mode and everything needed to use it."""
+    """What a checkpoint gives: the EMA network, in eval mode and frozen, and everything needed to use it."""
     path: Path
     script: object  # the imported train script
     args: argparse.Namespace  # the flags it was trained with
@@ -73,33 +42,51 @@ class Model(NamedTuple):
     step: int
 
     def __str__(self):
-        flags = f"{self.args.model} on {self.args.dataset}"
-        return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {flags}"
+        what = f"{self.args.model} on {self.args.dataset}"
+        return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {what}"
+
+
+def check_flags(args, net, diffusion):
+    """Raise something if a flag that the tools read is not as a train script writes it; build has tried the others."""
+    diffusion.check_level(args.cl_t)
+    fine = args.model in ("ddpm", "edm", "rf") and args.layer == net.layer and 0 < args.resolution <= 4096
+    fine &= args.dataset.isprintable() and "\0" not in "".join([args.data, args.cache_latents or "", args.vae or ""])
+    if not fine or bool in (type(args.cl_t), type(args.resolution)):
+        raise ValueError("no train script writes such flags")
+    if "mean" in args.latents:  # for decoder
+        torch.tensor([args.latents["mean"], args.latents["std"]]).view(2, net.shape[0])
 
 
 def load_checkpoint(path, device="cpu"):
     """Rebuild the EMA network of a checkpoint (a .pt file, or a run folder's last.pt) with the script that wrote it.
 
-    The Model is in eval mode and frozen by requires_grad_(False), so that a head can be trained on its features.
     Exit status 2 where the file is missing, damaged or not ours. No code is run but that of SCRIPTS.
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") not in SCRIPTS:
-        fail(f"{path} is no checkpoint that {', '.join(SCRIPTS)} wrote: give the last.pt or epoch_*.pt of a run")
-    script = importlib.import_module(state["script"])
-    try:  # flags and weights may be anything, and so may what they raise
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("checksums differ")  # torch checks none
-        args = argparse.Namespace(**state["args"])
+    if not path.is_file():  # a pipe would be waited for
+        fail(f"{path} does not exist, or is no file: give the last.pt or epoch_*.pt of a run")
+    try:  # a file may hold anything, and so may what that raises
+        with zipfile.ZipFile(path) as file:  # torch.load would inflate what is packed, and looks at no checksum
+            intact = not any(record.compress_type for record in file.infolist()) and not file.testzip()
+        state = read_checkpoint(path) if intact else None
+        if not isinstance(state, dict) or state.get("script") not in SCRIPTS:
+            raise ValueError(f"none of {', '.join(SCRIPTS)} wrote this")
+        script = importlib.import_module(state["script"])
+        json.dumps([state["args"], state["epoch"], state["step"]])  # plain values
+        args = argparse.Namespace(**{"cache_latents": None, "vae": None, "latents": {}} | state["args"])
         with torch.device("meta"):  # misfits are found before memory is taken
-            script.build(args)[0].load_state_dict(state["ema"], assign=True)
+            net, diffusion = script.build(args)
+            net.load_state_dict(state["ema"], assign=True)
+        if sum(value.numel() for value in state["ema"].values()) > path.stat().st_size:
+            raise ValueError("more weights than bytes")  # a tensor may repeat what it stores
+        check_flags(args, net, diffusion)
         net, diffusion = script.build(args)
         net.load_state_dict(state["ema"])
-        net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+        net.to(device, memory_format=layout).eval().requires_grad_(False)
         return Model(path, script, args, net, diffusion.to(device).eval(), int(state["epoch"]), int(state["step"]))
     except Exception as error:
-        fail(f"{path} is damaged, or its weights do not fit its flags' network: {' '.join(str(error).split())[:200]}")
+        fail(f"{path} is damaged, or no checkpoint of a run's network: {' '.join(str(error).split())[:200]}")
 
 
 def class_labels(indices, classes, labels, seed):
@@ -109,12 +96,13 @@ def class_labels(indices, classes, labels, seed):
     return torch.tensor([i % classes if labels == "balanced" else labels[i % len(labels)] for i in indices])
 
 
-def generate(model, n, rank=0, world=1, *, seed=0, batch=256, amp=None, labels="balanced", vae=None, **options):
+def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compile=None, labels="balanced", vae=None,
+             **options):
     """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ... Misfits end with exit status 2.
 
     Args:
         seed: of the whole set; image i starts from noise that depends on (seed, i) only.
-        batch: images per network evaluation (memory only). amp: dtype of autocast, None for float32.
+        batch: images per evaluation (memory only). amp: dtype of autocast or None. compile: None: on a GPU, for many.
         labels: of a class-conditional network: "balanced" (i modulo classes), "random" or a list of classes.
         vae: file of the VA-VAE, None for the training run's. options: of diffusion.sample (steps, cfg, ...).
     Returns an iterator of indices (a range), images uint8 (B, 3, H, W) on the CPU, network evaluations per image.
@@ -126,13 +114,19 @@ def generate(model, n, rank=0, world=1, *, seed=0, batch=256, amp=None, labels="
         fail(f"{model.path} is unconditional: drop --cfg, --cfg-interval and the numbers of --labels")
     if isinstance(labels, list) and max(labels) >= classes:
         fail(f"--labels: the classes of {model.path} are 0 to {classes - 1}")
-    decode = model.script.decoder(model.args, device, vae)
+    decode, piece = model.script.to_uint8, min(batch, BLOCK)
+    if hasattr(model.script, "decoder"):
+        decode = model.script.decoder(model.args, device, vae)
+    elif vae:
+        fail(f"--vae: {model.path} works on pixels, drop it")
+    compile = n > 8 * BLOCK and device.type == "cuda" if compile is None else compile
+    compiled = torch.compile(model.net, dynamic=False) if compile else model.net
 
-    def net(x, t, y=None, aug=None):
+    def net(x, t, y=None):
         net.calls += 1
-        pieces = [slice(i, i + batch) for i in range(0, len(x), batch)]
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            return torch.cat([model.net(x[i], t[i], None if y is None else y[i], aug) for i in pieces])
+        parts = zip(x.split(piece), t.split(piece), [None] * len(x) if y is None else y.split(piece), strict=False)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):  # a last, smaller part is not compiled
+            return torch.cat([(compiled if len(part[0]) == piece else model.net)(*part) for part in parts])
 
     @torch.no_grad()
     def block(first):
@@ -163,13 +157,13 @@ def draw_grid(images, columns, names):
 def add_sampling_flags(add):
     """The flags of generate, which fid.py has as well; add is an add_argument."""
     add("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive (no steps), DiT 250")
-    add("--labels", nargs="+", default=["balanced"], metavar="CLASS",
-        help="of class-conditional samples: balanced (image i has class i modulo their number), random, or numbers")
+    add("--labels", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (i modulo all), random or numbers")
     add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off; None: 1.5, [P] Tab. 8")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its times; None: 0 0.89, [P] Tab. 8")
     add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents; None: the training run's")
     add("--seed", type=int, default=0, help="of the set; image i depends on (seed, i) only")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast of the network")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="bf16 moves DDIM's pixels by up to 18 of 255")
+    add("--compile", action=argparse.BooleanOptionalAction, help=f"None: on a GPU, for more than {8 * BLOCK} images")
     add("--batch", type=int, default=256, help="images per network evaluation and rank")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
 
@@ -181,7 +175,7 @@ def sampling(args):
             fail(f"--{name} must be at least {least}")
     if args.cfg_interval is not None and not 0 <= args.cfg_interval[0] < args.cfg_interval[1] <= 1:
         fail("--cfg-interval takes two times, LOW below HIGH, between 0 (data) and 1 (noise)")
-    names = "seed", "steps", "batch", "vae", "cfg", "cfg_interval"
+    names = "seed", "steps", "batch", "compile", "vae", "cfg", "cfg_interval"
     options = {name: value for name, value in vars(args).items() if name in names and value is not None}
     options["amp"] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     if args.labels not in (["balanced"], ["random"]) and not all(word.isdecimal() for word in args.labels):
@@ -206,14 +200,14 @@ def parse_args(argv=None):
     return args
 
 
+@told("stopped", (OSError, MemoryError, torch.OutOfMemoryError))
 def main(args):
     """Sample every checkpoint and write the pictures."""
     options = sampling(args)
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     folder = args.out.suffix not in (".png", ".npz")
-    if rank == 0 and folder and args.out.exists():
-        fail(f"--out {args.out} exists: give a new folder, so that the count stays exact")
 
     # 1. What is drawn: mistakes show before the first image.
     models = [load_checkpoint(path, device) for path in args.ckpt]
@@ -227,7 +221,9 @@ def main(args):
     draws = [generate(model, n, rank, world, **options) for model in models]
 
     # 2. The images: every rank fills in its own.
-    (args.out if folder else args.out.parent).mkdir(parents=True, exist_ok=True)
+    if rank == 0:  # what cannot be written shows now; a folder must be new, so that the count stays exact
+        (args.out if folder else args.out.parent).mkdir(parents=True, exist_ok=not folder)
+        folder or args.out.open("ab").close()
     images = torch.zeros(len(models), n, side, side, 3, dtype=torch.uint8)
     for row, (model, blocks) in enumerate(zip(models, draws, strict=True)):
         nfes, rounds = [], math.ceil(n / world / BLOCK)
@@ -235,7 +231,7 @@ def main(args):
             images[row, indices.start : indices.stop] = block.permute(0, 2, 3, 1)
             nfes.append(nfe)
         if rank == 0:
-            print(model, f"labels {labels if classes else None}, {n} images, NFE {np.mean(nfes):.0f}", sep=", ")
+            print(f"{model}, {n} images, NFE {np.mean(nfes):.0f}" + f", labels {labels}" * bool(model.net.classes))
     if world > 1:
         dist.all_reduce(images)  # all but one are zero
         dist.destroy_process_group()
@@ -251,7 +247,7 @@ def main(args):
     else:
         names = [f"{model.path.absolute().parent.name}, epoch {model.epoch}" for model in models if several]
         draw_grid(images.flatten(0, 1), columns, names).save(args.out)
-    print(args.out)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a DiT that generates and represents: DDAE++ on VA-VAE latents or on pixels, in one file.
 
-[P]    DDAE++, arXiv:2505.10999v1   [DDAE] its ancestor, Xiang et al. 2023, arXiv:2303.09769
+[P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al. 2023, arXiv:2303.09769
 [DiT]  Peebles and Xie 2022, arXiv:2212.09748   [RoPE] Su et al. 2021, arXiv:2104.09864
 [LDiT] Yao et al. 2025, LightningDiT and VA-VAE, arXiv:2501.01423   [KL] Rombach et al. 2021, arXiv:2112.10752
 [RF]   Liu et al. 2022, arXiv:2209.03003   [SD3]  Esser et al. 2024, arXiv:2403.03206
@@ -11,11 +11,9 @@
     torchrun --nproc_per_node=8 train_dit.py --dataset imagenet100 --data ROOT --vae vavae.pt --cache-latents LATENTS \\
         --size B --self-cond  # caches first, then trains
 
-Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper.
-
 x0 clean latent, normalised per channel, or image   x_t noisy x0   eps unit noise   v velocity   t time: 0 data, 1 noise
 e global embedding, e_t its time part   feat pooled tokens of --layer   q, k contrastive query and key   y class label
-B batch   C, H, W latent or image   N tokens   D width   net is trained; ema is its average: sampled, probed, teacher
+B batch   C, H, W latent or image   N tokens   D width   average: the EMA, sampled, probed, the teacher
 """
 
 # ---- 1. Imports, constants --------------------------------------------------------------------------
@@ -26,25 +24,26 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -52,16 +51,14 @@ SIZES = {  # width, depth, heads: [DiT] Tab. 1. UNSPECIFIED: tiny is ours, for a
     "tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
 }
 PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0, "cooldown": 0.0,  # [P]: latents
-         "label_drop": 0.1, "cl_hidden": 4096}  # [LDiT]'s; [MoCo]'s for ViTs
+         "cl_hidden": 4096}  # [MoCo]'s for ViTs
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}  # ours
-# where there is no folder to count them in
-CLASSES = {"shapes": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "imagenet100": 100, "imagenet": 1000}
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64, latents 256
 ADDED = ("self_cond.",)  # what [P] adds to the network: public weights lack it
 # flags that may be others on --resume
-FREE = "data out epochs accum save_every max_steps device compile resume init vae cache_latents".split()
-LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl; seconds between saves
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FREE = "data out epochs accum save_every max_steps device compile resume init vae cache_latents latents".split()
+LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl, seconds between saves
+SUFFIXES, FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), ("PNG", "JPEG", "WEBP", "BMP")
 POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{kind} {name}" for kind in ("solid", "hollow") for name in POLYGONS]
 BLOCK, STATISTICS = 64, 2048  # images encoded at a time; images that give mean and std
@@ -163,7 +160,7 @@ class DiT(nn.Module):
         self.layers = [str(i + 1) for i in range(depth)]
         self.layer = layer or str(depth)
         if self.layer not in self.layers:
-            raise ValueError(f"unknown layer {self.layer!r}; this network has {', '.join(self.layers)}")
+            raise ValueError(f"no layer {self.layer!r}, but {', '.join(self.layers)}")
         if self_cond and self.layer == str(depth):
             raise ValueError(f"self-conditioning after {self.layer} leaves no decoder: take an earlier layer")
         self.x_embedder = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, width, patch, stride=patch)))
@@ -274,24 +271,23 @@ class SelfConditioning(nn.Module):
 # ---- 4. Diffusion formulation -----------------------------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
-    if not isinstance(level, torch.Tensor):
-        level = torch.full((len(x),), level, device=x.device)
+    level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
     if level.shape != x.shape[:1]:
         raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
 
 
 class Formulation(nn.Module):
-    """What formulations share: levels in the paper's own unit, and reading features at one."""
+    """What formulations share."""
 
     def check_level(self, level):
-        """Raise ValueError if a noise level given by the user is outside of self.range."""
+        """ValueError if a noise level is outside of self.range."""
         low, high = self.range
         if not low <= level <= high or isinstance(low, int) and level % 1:
             raise ValueError(f"noise level {level:g}: {type(self).__name__} takes {self.unit} from {low} to {high}")
 
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
-        """Features of x0 noised at `level` (a number or (B,)), see net.features: {layer: (B, D) float32}. [P]"""
+        """net.features of x0 noised at `level`, a number or (B,)."""
         return net.features(*self.inputs(x0, level, noise), y, pool, last)
 
 
@@ -355,30 +351,41 @@ class LatentRF(Formulation):
 
 # ---- 5. Data, augmentation: pixels, or VA-VAE latents kept on disk ----------------------------------
 def draw_shapes(n, seed, side):
-    """SHAPES of random place, size, slight rotation and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
-    rng = np.random.RandomState(seed)  # a frozen stream: the same set for everybody
+    """SHAPES of random place, size, turn and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
+    rng = np.random.RandomState(seed)  # a frozen stream
     images, labels = np.empty((n, side, side, 3), np.uint8), rng.permutation(n) % len(SHAPES)
     for i, label in enumerate(labels):
         dark = rng.randint(0, 128, 3)
         back, front = rng.permutation([dark, dark + rng.randint(64, 128, 3)]).tolist()
-        radius, turn = rng.uniform(16, 26), rng.uniform(-0.3, 0.3)  # of 64 x 64 pixels; a few leave the frame
+        radius, turn = rng.uniform(16, 26), rng.uniform(-0.3, 0.3)  # of 64 x 64 pixels
         x, y = 32 + rng.uniform(-1, 1, 2) * (34 - radius)
-        corners, inner = [*POLYGONS.values()][label % 5]  # how many, radius of every second one
+        corners, inner = [*POLYGONS.values()][label % 5]
         canvas = Image.new("RGB", (64, 64), tuple(back))
-        for scale, colour in ((radius, front), (radius / 2, back))[: 1 + label // 5]:  # the hollow ones have a hole
+        for scale, colour in ((radius, front), (radius / 2, back))[: 1 + label // 5]:
             z = scale * np.exp(1j * (turn + 2 * np.pi * np.arange(corners) / corners)) * -1j
             z[1::2] *= inner
             ImageDraw.Draw(canvas).polygon([*zip(x + z.real, y + z.imag, strict=True)], fill=tuple(colour))
         images[i] = canvas.resize((side, side), Image.Resampling.BOX)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
+
+
+def open_image(path):
+    """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
+    with told(f"{path} is no image that Pillow reads, or a strip: take it out"):
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > 100 * min(image.size):
+                raise ValueError(image.size)
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def load_image(path, resolution):
-    """Read, box-halve, resize bicubically and center-crop, as in ADM: uint8 (3, resolution, resolution)."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, Image.DecompressionBombError):
-        fail(f"{path} is not an image that Pillow reads: replace it or take it out")
+    """Box-halve, resize, center-crop, as in ADM: uint8 (3, resolution, resolution)."""
+    image = open_image(path)
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
     scale = resolution / min(image.size)
@@ -389,39 +396,39 @@ def load_image(path, resolution):
 
 
 def list_images(root, split):
-    """(file, class index) of every image of a split, and class names; tiny-imagenet's own layout, too."""
-    try:
-        classes, index = find_classes(root / "train")
-        notes = root / "val" / "val_annotations.txt"  # tiny-imagenet; its test/ has no labels
-        if split == "test" and notes.is_file():
+    """(file, class index) of a split's images, and class names. Hidden files do not count."""
+    folder, notes = root / (split if (root / split).is_dir() else "val"), root / "val" / "val_annotations.txt"
+    classes, there = (sorted(f[:-1] for f in glob("*/", root_dir=path)) for path in (root / "train", folder))
+    with told(f"{root} needs train/<class>/* and test/ or val/ with the same classes, of {' '.join(SUFFIXES)}"):
+        if split == "test" and notes.is_file():  # tiny-imagenet as it comes
             rows = [line.split("\t") for line in notes.read_text().splitlines()]
-            return [(str(root / "val" / "images" / row[0]), index[row[1]]) for row in rows], classes
-        folder = split if (root / split).is_dir() else "val"
-        if find_classes(root / folder)[0] != classes:
-            raise LookupError(f"those of {folder}/ differ")
-        return make_dataset(root / folder, index, SUFFIXES), classes
-    except (OSError, LookupError) as error:
-        fail(f"{root} needs train/<class>/* and test/ or val/ with the same classes, of {' '.join(SUFFIXES)}: {error}")
+            pairs, there = [(f"images/{row[0]}", classes.index(row[1])) for row in rows], classes
+            folder = root / "val"
+        else:
+            pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ["."])
+                     for file in sorted(glob("**", root_dir=folder / name, recursive=True))]  # fmt: skip
+        pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
+        if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
+            raise ValueError(f"{len(classes)} and {len(there)} classes, {len(pairs)} images")
+    return pairs, classes
 
 
 def read_folder(root, split, resolution):
-    """load_data of class folders: images are decoded once and kept as one array beside the data."""
+    """load_data of class folders: images are decoded once, and kept as one file of pixels."""
     pairs, classes = list_images(root, split)
     seen = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _ in pairs]
     folder = root / ".cache" if os.access(root, os.W_OK) else Path(torch.hub.get_dir(), "ddae")
-    cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.npy"
-    if not cache.is_file():
+    cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.bin"
+    shape = len(pairs), 3, resolution, resolution
+    if not cache.is_file() or cache.stat().st_size != math.prod(shape):
         folder.mkdir(parents=True, exist_ok=True)
-        tmp, shape = f"{cache}.{os.getpid()}.tmp", (len(pairs), 3, resolution, resolution)  # nodes may share a disk
-        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
-        with ThreadPoolExecutor() as pool:
+        with open(f"{cache}.tmp", "wb") as file, ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
-            for i, image in enumerate(tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img")):
-                images[i] = image
-        images.flush()
-        os.replace(tmp, cache)
-    images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # ranks share it
-    return images, torch.tensor([label for _, label in pairs]), classes
+            for image in tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img"):
+                file.write(image.tobytes())
+        os.replace(f"{cache}.tmp", cache)
+    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)  # mapped: ranks share it
+    return images.view(shape), torch.tensor([label for _, label in pairs]), classes
 
 
 def load_data(args, split):
@@ -432,9 +439,7 @@ def load_data(args, split):
     if args.cache_latents:
         return load_latents(args, split)
     name, train, root = args.dataset, split == "train", Path(args.data, args.dataset)
-    if name == "tiny-imagenet" and not root.is_dir():
-        root = Path(args.data, "tiny-imagenet-200")  # its official name
-    with rank_zero_first():
+    with FileLock(Path(torch.hub.get_dir(), f"{root.name}.lock")):  # one downloads or decodes, the others wait
         if (root / "train").is_dir():
             return read_folder(root, split, args.resolution)
         if name == "shapes":
@@ -444,7 +449,7 @@ def load_data(args, split):
         try:
             stored = getattr(datasets, name.upper())(args.data, train, download=True)
         except (OSError, RuntimeError) as error:
-            fail(f"{name} could not be downloaded ({error}); put its images into {root}/train/<class>/ instead")
+            fail(f"{name} could not be downloaded ({error}): put its images into {root}/train/<class>/")
     images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(stored.targets), stored.classes
 
@@ -620,7 +625,7 @@ def cache_latents(args):
     about = {"dataset": args.dataset, "resolution": args.resolution, "classes": found["train"][1]} | args.latents
     about["files"] = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
     vae = load_vae(args.vae, "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    with rank_zero_first():
+    with FileLock(folder / ".lock"):
         if not read_meta(args, **about):
             begin_cache(args, found, about, vae)
     mean, std = (torch.tensor(read_meta(args)[k]).view(-1, 1, 1) for k in ("mean", "std"))
@@ -639,10 +644,10 @@ def cache_latents(args):
             latents[rows] = x0.numpy()
             latents.flush()
             finished[b] = 1
-        if world > 1:
-            dist.barrier()
-        with rank_zero_first():
-            if rank == 0:
+        for step in (1, 2):  # all blocks are there; they have their name
+            if world > 1:
+                dist.barrier()
+            if step == 1 and rank == 0:
                 os.replace(part, final)
                 done.unlink()
 
@@ -694,7 +699,7 @@ def decoder(args, device, vae=None):
 
 
 def draw_numbers(n, shape, diffusion, generator):
-    """Random numbers of one view of n images: uniform (n, 12), normal (n, 4), level (n,), noise (n, *shape)."""
+    """One view's random numbers: uniform (n, 12), normal (n, 4), level (n,), noise (n, *shape)."""
     kw = {"generator": generator, "device": generator.device}
     uniform, normal = torch.rand(n, 12, **kw), torch.randn(n, 4, **kw)
     return uniform, normal, diffusion.draw_level(n, generator), torch.randn(n, *shape, **kw)
@@ -703,10 +708,10 @@ def draw_numbers(n, shape, diffusion, generator):
 def make_view(images, labels, numbers, args):
     """One view of B images, from their rows of draw_numbers: x0, level, noise, y, aug of diffusion.loss.
 
-    UNSPECIFIED: two views differ in flip and noise. With --cond some labels become the null class.
+    UNSPECIFIED: two views differ in flip and noise. With --cond y (B,), a tenth of it -1, the null class. [LDiT]
     """
     uniform, _, level, noise = numbers
-    y = torch.where(uniform[:, 1] < args.label_drop, args.classes, labels) if args.cond else None
+    y = torch.where(uniform[:, 1] < 0.1, -1, labels) if args.cond else None
     return to_x0(images, flip=uniform[:, 0] < 0.5), level, noise, y, None
 
 
@@ -726,7 +731,7 @@ class RankMean(torch.autograd.Function):
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm by the statistics of all ranks' batch. (SyncBatchNorm refuses CPU tensors.)"""
+    """BatchNorm by the statistics of all ranks. (SyncBatchNorm refuses CPU tensors.)"""
 
     def __init__(self, dim, affine=True):
         super().__init__()
@@ -741,9 +746,9 @@ class BatchNorm(nn.Module):
 
 
 class Projector(nn.Module):
-    """MoCo v3's MLP of widths dims; with emb_dim time-dependent, as [P]: e_t (B, emb_dim) scales and shifts its layers.
+    """MoCo v3's MLP of widths dims; with emb_dim time-dependent [P].
 
-    UNSPECIFIED: that form of time dependence; it starts as MoCo's projector.
+    UNSPECIFIED: how; here e_t (B, emb_dim) scales and shifts the hidden layers, from 1 and 0.
     """
 
     def __init__(self, dims, emb_dim=0):
@@ -768,7 +773,7 @@ class Projector(nn.Module):
 
 
 class MoCoHead(nn.Module):
-    """Projector, whose EMA copy makes the keys, and predictor, online side only. [MoCo] Sec. 3"""
+    """Projector, whose EMA makes the keys, and predictor, online only. [MoCo] Sec. 3"""
 
     def __init__(self, feat_dim, emb_dim, timed, hidden):
         super().__init__()
@@ -781,10 +786,9 @@ class MoCoHead(nn.Module):
 
 
 def moco_loss(q, k, temperature=0.2):
-    """InfoNCE of queries q (B, D) against the keys k (B, D) of all ranks, times 2 temperature. [MoCo] Alg. 1
+    """InfoNCE of queries q (B, D), keys k (B, D) of all ranks, times 2 temperature [MoCo]; one direction only [P].
 
-    One direction only: [P]. UNSPECIFIED: the temperature is [MoCo]'s. For the log: cl_acc, the share of queries whose
-    own key is nearest, and cl_std, the spread of the queries: 1 is uniform on the sphere, 0 a collapse.
+    UNSPECIFIED: the temperature is [MoCo]'s.
     """
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     keys, rank = k, 0
@@ -794,20 +798,28 @@ def moco_loss(q, k, temperature=0.2):
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ keys.T / temperature  # (B, B world)
     target = torch.arange(len(q), device=q.device) + rank * len(q)
-    spread = q.std(0, correction=0).mean() * q.shape[1] ** 0.5
-    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": spread}
-    return 2 * temperature * F.cross_entropy(logits, target), stats
+    return 2 * temperature * F.cross_entropy(logits, target)
 
 
 # ---- 7. Run utilities -------------------------------------------------------------------------------
 def fail(message, status=2):
-    """Report the user's mistake: one line on stderr, exit status 2, as argparse does."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # above an open bar
+    """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
+    time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # above an open bar
     raise SystemExit(status)
 
 
+@contextlib.contextmanager
+def told(what, errors=Exception):
+    """Makes errors one line."""
+    try:
+        yield
+    except errors as error:
+        fail(f"{what} ({str(error)[:200]})")
+
+
 def setup_distributed(device):
-    """Join torchrun's process group, if any: --device auto, cpu or cuda -> rank, world, torch.device."""
+    """Join torchrun's process group, if any: --device -> rank, world, torch.device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: this torch sees no GPU; use --device cpu")
@@ -815,35 +827,26 @@ def setup_distributed(device):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if rank > 0:  # what another rank fails of comes first
+        sys.excepthook = lambda *error: (time.sleep(5), sys.__excepthook__(*error))
     if world > 1:  # tensors on the host go through gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
 
 
-@contextlib.contextmanager
-def rank_zero_first():
-    """The first rank of each node goes before the others: downloads and caches are written once."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and first:
-        dist.barrier()
-
-
 def seeded(*numbers):
-    """A well-mixed 64-bit seed. (torch's CPU generator looks at the low 32 bits only.)"""
+    """A well-mixed seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @torch.no_grad()
-def ema_update(ema, net, decay):
-    """ema <- decay ema + (1 - decay) net, all parameters in a few kernels."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+def ema_update(average, objective, decay):
+    """average <- decay average + (1 - decay) objective."""
+    torch._foreach_lerp_(list(average.parameters()), list(objective.parameters()), 1 - decay)
 
 
 def save_checkpoint(path, state):
-    """Write, then rename: whatever stops the job, no file is ever half written."""
+    """Write, then rename: no file is ever half written."""
     with open(f"{path}.tmp", "wb") as file:
         torch.save(state, file)
         os.fsync(file.fileno())
@@ -851,69 +854,76 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """torch.load of tensors and plain types only: no code that a file may carry is run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice about foreign pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file may raise anything
-        fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
+    """torch.load of tensors and plain types only: no code in a file is run."""
+    with told(f"{path} does not exist or cannot be read as a checkpoint"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice about foreign pickles
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("checksums differ")  # torch checks none
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(net, path):
-    """--init: official names, behind any wrapper's prefix; only ADDED may be missing in the file."""
+    """--init: official names, behind any wrapper's prefix; only ADDED may be missing."""
     state = read_checkpoint(path)
-    anchor = max((k for k in net.state_dict() if not k.startswith(ADDED)), key=len)  # no other name ends like this
-    try:
+    anchor = max((k for k in net.state_dict() if not k.startswith(ADDED)), key=len)
+    with told(f"--init {path} does not fit this network"):
         for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
         prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
         state = {k.removeprefix(prefix): v for k, v in state.items() if isinstance(v, torch.Tensor)}
         missing, odd = net.load_state_dict(state, strict=False)
-        odd += [k for k in missing if not k.startswith(ADDED)]
-    except (RuntimeError, AttributeError) as error:  # other shapes; no dict of tensors
-        odd = [" ".join(str(error).split())[:200]]
-    if odd:
-        fail(f"--init {path} does not fit this network: {len(odd)} tensors are missing or have no place: {odd[0]}")
+        odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
+        if odd:
+            raise ValueError(f"{len(odd)} tensors are missing, odd or not finite: {odd[0]}")
 
 
 def save_run(args, parts, epoch, step, keep):
-    """With keep epoch_NNNN.pt; then last.pt. (Random numbers follow from seed and step.)"""
-    states = {name: part.state_dict() for name, part in parts.items()}
+    """With keep epoch_NNNN.pt; then last.pt."""
     about = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+    about["ema"] = parts["average"].net.state_dict()
     if keep:
-        save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", about | {"ema": states["ema"]})
-    save_checkpoint(f"{args.out}/last.pt", about | states)
+        save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", about)
+    save_checkpoint(f"{args.out}/last.pt", about | {name: part.state_dict() for name, part in parts.items()})
 
 
 def load_run(path, parts):
-    """Restore what save_run wrote. Returns the step to go on from."""
+    """Restore what save_run wrote; the step to go on from."""
     state = read_checkpoint(path)
-    try:
+    with told(f"--resume: {path} is damaged, take another --out"):
+        state["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name, part in parts.items():
-            if state[name]:  # a scaler has no state where the run was not in fp16
+            if state[name]:  # without fp16 the scaler has none
                 part.load_state_dict(state[name])
-        return state["step"]
-    except Exception:  # as above
-        fail(f"--resume: {path} is damaged or of another network: start over in another --out")
+        for p, moments in parts["optimizer"].state.items():  # fused kernels do not look
+            assert {k: m.shape for k, m in moments.items()} == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        return range(state["step"] + 1)[-1]  # a whole number
+
+
+def claim(out):
+    """Lock the folder of a run; the lock dies with its process. Clears what a killed job left."""
+    lock = FileLock(Path(out, ".lock"), timeout=0)
+    with told(f"--out {out}: another job is writing there", Timeout):
+        lock.acquire()
+    for path in Path(out).glob("*.tmp"):
+        path.unlink()
+    return lock
 
 
 def start_run(args, net, step, about):
-    """Say what is trained; args.json; metrics.jsonl up to step: a killed job may leave more."""
-    print(f"{type(net).__name__} of {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    """Say what is trained; args.json; metrics.jsonl up to step."""
+    print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
     Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
     metrics = Path(args.out, "metrics.jsonl")
-    lines = metrics.read_text().splitlines() if step and metrics.is_file() else [json.dumps({"step": 0} | about)]
-    found = [re.match(r'{"step": (\d+), .*}$', line) for line in lines]
-    metrics.write_text("".join(f"{line[0]}\n" for line in found if line and int(line[1]) <= step))
+    first = json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__} | about).encode()
+    lines = metrics.read_bytes().splitlines() if step and metrics.is_file() else [first]
+    metrics.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
 
 
 def all_finite(stats, run):
-    """A step's numbers averaged over ranks. A run that has diverged ends here, before it is saved."""
+    """A step's numbers averaged over ranks; a run that has diverged ends here, before it is saved."""
     values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
-        fail(f"training diverged: start anew with a lower --lr, from --init {run}/last.pt if there is one", status=1)
+        fail(f"training diverged: take a lower --lr, and --init {run}/last.pt if there is one", status=1)
     return dict(zip(stats, values, strict=True))
 
 
@@ -930,46 +940,47 @@ def save_grid(args, ema, diffusion, device, epoch):
 
 
 # ---- 8. Flags ---------------------------------------------------------------------------------------
+@told("the flags, or those of the run in --out, do not fit")
 def parse_args(argv=None):
-    """Flags -> Namespace with every default resolved."""
+    """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.set_defaults(model="rf", cl_head="time", ablate=None, latents={})  # latents: vae (its hash), mean, std
+    parser.set_defaults(model="rf", cl_head="time", latents={})  # latents: vae (its hash), mean, std
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=[*SIZES], default="B", help="0.5, 130, 457 or 674 M parameters (default: B)")
     add("--patch", type=int, help="side of a patch (default: latents 1; pixels resolution / 16, at least 2)")
     add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive", help="(default: off; bare: adaptive)")
     add("--layer", help="block of the feature (default: [P] Tab. 10; other sizes the same share of it)")
-    add("--cond", nargs="?", type=int, const=True, default=0, metavar="CLASSES", help="(default: off; bare: all)")
+    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="(default: off; bare: all)")
     add("--qk-norm", action="store_true", help="RMSNorm of queries and keys: steadier in fp16")
     add = parser.add_argument_group("contrastive part").add_argument
-    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo v3 loss (default: 0; [P]: 0.01)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
     add("--cl-t", type=float, metavar="LEVEL", help="time of the teacher and of probe.py (default: 0.25; pixels 0.06)")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, tiny-imagenet or a folder of --data (shapes)")
-    add("--data", default="./data", metavar="ROOT", help="ROOT/NAME/train/<class>/* if it exists (default: ./data)")
+    add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
+    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="where data sets lie (default: ./data)")
     add("--resolution", type=int, help="of images (default: shapes 16, CIFAR 32, folders 64, for latents 256)")
     add("--cache-latents", metavar="DIR", type=os.path.abspath, help="train on latents; --vae first puts them there")
     add("--vae", metavar="FILE", type=os.path.abspath, help="VA-VAE f16d32, to make latents and sample grids")
     add("--latent-stats", metavar="FILE", help="their mean and std, of public weights (default: from images)")
     add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
-    add("--epochs", type=int, help="(default: latents 1400, --cond 1000, over 500 classes 90; pixels 2000; tiny 8)")
+    add("--epochs", type=int, help="(default: latents 1400, --cond 1000, imagenet 90; pixels 2000; tiny 8)")
     add("--batch", type=int, help="total over all ranks (default: 1024; tiny 16)")
-    add("--accum", type=int, default=1, help="passes that share a batch (default: 1)")
+    add("--accum", type=int, default=1, help="passes per batch (default: 1)")
     add("--lr", type=float, help="of Adam, constant (default: 2e-4; tiny 2e-3)")
-    add("--ema", type=float, help="EMA decay per step (default: 0.9999, tiny 0.999; [P] Tab. 8)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto)")
+    add("--ema", type=float, help="decay per step (default: 0.9999, tiny 0.999)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
+    add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run (default: runs/<name from the flags>)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags, as if never stopped")
-    add("--init", metavar="FILE", help="start from these weights (official names)")
-    add("--save-every", type=int, help="epochs between epoch_NNNN.pt and grids (default: a tenth; ImageNet 20)")
-    add("--max-steps", type=int, help="stop after this step; 0 with --init makes a checkpoint")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add("--out", help="folder (default: runs/<name from the flags>)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    add("--init", metavar="FILE", help="weights to start from, official names")
+    add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth; imagenet 20)")
+    add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = read_flags(parser, argv)
 
-    latents, folder = args.cache_latents is not None, Path(args.data, args.dataset, "train")
+    latents, large = args.cache_latents is not None, args.dataset == "imagenet"  # of 1000 classes
     if (args.vae or args.latent_stats) and not (args.vae and latents):
         parser.error("--vae FILE goes with --cache-latents DIR, and --latent-stats with both")
     args.latents = args.latents | ({"vae": vae_hash(args.vae)} if args.vae else {})
@@ -979,29 +990,19 @@ def parse_args(argv=None):
             args.latents |= {k: stats[k].flatten().tolist() for k in ("mean", "std")}
         except (TypeError, LookupError, AttributeError):
             parser.error(f"--latent-stats {args.latent_stats} needs tensors mean and std, a number per channel")
-    meta = read_meta(args) if latents else None
-    found = sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else CLASSES.get(args.dataset, 0)
-    if meta:
-        found, args.latents = len(meta["classes"]), {k: meta[k] for k in ("vae", "mean", "std")} | args.latents
-    classes = found if args.cond is True else args.cond
-    if args.cond and 0 <= classes < max(1, found):
-        parser.error(f"--cond: {args.dataset} has {found or 'unknown'} classes; give the number of classes")
+    if latents and (meta := read_meta(args)):
+        args.latents = {k: meta[k] for k in ("vae", "mean", "std")} | args.latents
     resolution = args.resolution or (256 if latents else RESOLUTIONS.get(args.dataset, 64))
-
-    large = max(classes, found) > 500  # ImageNet-1k in [P]
     block = 8 if not large else 10 if args.cond else 9  # of B's 12, [P] Tab. 10
     defaults = PAPER | {
         "resolution": resolution, "patch": 1 if latents else max(2, resolution // 16),
         "layer": str(round(block * SIZES[args.size][1] / 12)), "cl_t": 0.25 if latents else 0.06,
-        "classes": classes,
     }
     if latents:
         defaults["epochs"] = 90 if large else 1000 if args.cond else 1400
         defaults["save_every"] = 20 if large else None  # None: a tenth of the epochs
     defaults |= TINY if args.size == "tiny" else {}
-    name = [args.dataset, "dit", args.size, latents and "latents", args.self_cond and f"sc-{args.self_cond}",
-            args.cond and "cond", args.qk_norm and "qknorm"]
-    return resolve_flags(parser, args, defaults, name)
+    return resolve_flags(parser, args, defaults, [args.dataset, "dit", args.size, "latents" if latents else "pixels"])
 
 
 def build(args):
@@ -1011,48 +1012,46 @@ def build(args):
         channels, side = len(args.latents.get("mean", range(32))), side // 16  # 32 in the public VA-VAE
         if args.resolution % 16:
             raise ValueError(f"the VA-VAE takes multiples of 16 pixels, not {args.resolution}")
-    net = DiT(channels, side, args.patch, *SIZES[args.size], qk_norm=args.qk_norm, classes=args.classes,
-              layer=args.layer, self_cond=args.self_cond)
+    net = DiT(channels, side, args.patch, *SIZES[args.size], qk_norm=args.qk_norm,
+              classes=args.cond and max(args.cond, len(args.classes)), layer=args.layer, self_cond=args.self_cond)
     return net, LatentRF()
 
 
 def read_flags(parser, argv):
-    """argparse's answer; with --resume, flags that are not given are those of the run in --out."""
+    """argparse's answer; with --resume, flags not given are those of the run in --out."""
+    parser.error = fail
+    parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
-        state = read_checkpoint(Path(args.out, "last.pt"))
-        if not isinstance(state, dict) or not isinstance(run := state.get("args"), dict):
-            fail(f"--resume: {args.out}/last.pt holds no run: start over in another --out")
+        run = read_checkpoint(Path(args.out, "last.pt"))["args"]
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
-            if key not in FREE and getattr(args, key) not in (value, -1):  # -1 is a bare --cond
-                parser.error(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+            if key not in FREE and getattr(args, key) != value:
+                fail(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
     return args
 
 
 def resolve_flags(parser, args, defaults, name):
-    """Fill in the defaults of what was not given, check the numbers, name the run after what was given."""
-    name = [*name, args.ablate and f"no-{args.ablate}", args.cl and f"cl{args.cl:g}", args.cl_head == "moco" and "moco",
-            args.seed and f"seed{args.seed}"]
-    name += [f"{k.replace('_', '-')}{v}" for k in defaults if (v := getattr(args, k, None)) is not None]
+    """Fill in defaults, check numbers, name the run after the flags that were given."""
+    given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and v not in name and k not in FREE}
+    name = "-".join([*name, *(k if v is True else f"{k}-{v}" for k, v in given.items())])
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    # [P] Tab. 11: every 200; UNSPECIFIED: short runs
+    # [P] Tab. 11; UNSPECIFIED: short runs
     args.save_every = args.save_every or (200 if args.epochs >= 1000 else max(1, args.epochs // 10))
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))
     for key, value in vars(args).items():
         least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
-        most = 1 if key in ("aug", "ema", "label_drop") else 1e15
+        most = 1 if key in ("aug", "ema") else 1e15
         if isinstance(value, float | int) and not least <= value <= most:
-            parser.error(f"--{key.replace('_', '-')} {value} is out of range")
-    try:
-        with torch.device("meta"):
-            build(args)[1].check_level(args.cl_t)
-    except ValueError as error:
-        parser.error(f"--resolution, --layer, --cl-t or a flag of the network: {error}")
-    args.out = args.out or "runs/" + "-".join(str(part) for part in name if part).replace("/", "-")
+            fail(f"--{key.replace('_', '-')} {value} is out of range")
+    if args.cl > 0 and args.batch // args.accum < 2:
+        fail("--cl needs two images or more in a pass")
+    with told("--layer, --cl-t or a flag of the network", ValueError), torch.device("meta"):
+        build(args)[1].check_level(args.cl_t)
+    args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
 
 
@@ -1064,57 +1063,53 @@ def make_optimizer(objective, args):
 
 
 def learning_rate(args, step, per_epoch, total):
-    """Linear warm-up, constant; UNSPECIFIED: tiny networks end in a linear fall to 0."""
+    """Linear warm-up, constant; tiny networks end in a linear fall to 0."""
     rise = (step + 1) / max(1.0, args.warmup * per_epoch)
     return args.lr * max(0.0, min(1.0, rise, (total - step) / max(1.0, args.cooldown * total)))
 
 
 class Objective(nn.Module):
-    """Everything trainable in one module, called once per pass, so that DDP sees every gradient."""
+    """All that is trained, called once per pass, as DDP wants it."""
 
     def __init__(self, net, diffusion, head, gamma):
         super().__init__()
         self.net, self.diffusion, self.head, self.gamma = net, diffusion, head, gamma
 
     def forward(self, x0, level, noise, y, aug, key):
-        """Total loss = L_diffusion + gamma L_moco of one view, and numbers worth logging. [P]"""
+        """L_diffusion + gamma L_moco of one view, and numbers worth logging. [P]"""
         loss, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
         stats = {"loss_diffusion": loss}
         if key is not None:
-            contrast, found = moco_loss(self.head(feat, e_t), key)
-            stats |= {"loss_contrast": contrast} | found
-            loss = loss + self.gamma * contrast
+            stats["loss_contrast"] = moco_loss(self.head(feat, e_t), key)
+            loss = loss + self.gamma * stats["loss_contrast"]
         return loss, {"loss": loss} | stats
 
 
 @torch.no_grad()
-def teacher_key(ema, projector, diffusion, view, level):
-    """Key (B, 256) of the EMA network, of a second view at a fixed level of its own; the pass stops at --layer. [P]"""
+def teacher_key(average, view, level):
+    """The EMA's key (B, 256) of a second view at a fixed level; the pass stops at --layer. [P]"""
     x0, _, noise, _, aug = view
-    x_t, t = diffusion.inputs(x0, level, noise)
-    return projector(*ema.encode(x_t, t, aug=aug))  # UNSPECIFIED: the teacher is never told a class
+    x_t, t = average.diffusion.inputs(x0, level, noise)
+    return average.head.projector(*average.net.encode(x_t, t, aug=aug))  # UNSPECIFIED: it is never told a class
 
 
 def main(args):
-    """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json and samples_NNNN.png."""
+    """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json, samples_NNNN.png."""
     # 1. Where we run, and how the batch is cut.
     rank, world, device = setup_distributed(args.device)
     cuda, last = device.type == "cuda", Path(args.out, "last.pt")
     local = args.batch // (world * args.accum)  # images of one rank in one pass
     if args.batch != local * world * args.accum:
-        fail(f"--batch {args.batch} is not divisible by ranks x accumulation = {world} x {args.accum}")
+        fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
+    _lock = claim(args.out) if rank == 0 else None  # held as long as it lives
     if last.is_file() and not args.resume:
-        fail(f"--out {args.out} holds a run: add --resume to go on, or choose another --out")
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
-    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
-    torch.backends.cudnn.benchmark = True
+        fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
-    # 2. Data: whole, on the device, unless they would fill half of it.
-    nothing = torch.empty(args.batch), torch.empty(args.batch), []  # enough for --max-steps 0
-    images, labels, classes = nothing if args.max_steps == 0 else load_data(args, "train")
+    # 2. Data: on the device, unless they would fill half of it.
+    nothing = torch.empty(args.batch), torch.empty(args.batch), []
+    images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
-        fail(f"--batch {args.batch} is more than the {len(images)} training images: take fewer")
+        fail(f"--batch {args.batch} is more than the {len(images)} training images")
     if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
@@ -1126,43 +1121,50 @@ def main(args):
     net, diffusion = build(args)
     if args.init and not args.resume:
         load_weights(net, args.init)
+    bf16 = sum(p.numel() for p in net.parameters()) > 1e6  # small ones lose on a CPU
+    bf16 &= getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
+    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
+    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
+    torch.backends.cudnn.benchmark = True
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
-    objective = Objective(net, diffusion, head, args.cl).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    ema_projector = copy.deepcopy(head.projector).requires_grad_(False) if head else None
+    objective = Objective(net, diffusion, head, args.cl).to(device)
+    objective.to(memory_format=torch.channels_last if cuda else torch.preserve_format)  # slower on CPUs
+    average = copy.deepcopy(objective).eval().requires_grad_(False)
     optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    parts = {"model": net, "ema": ema, "diffusion": diffusion, "optimizer": optimizer, "scaler": scaler}
-    parts |= {"head": head, "ema_projector": ema_projector} if head else {}
+    parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
     step = load_run(last, parts) if args.resume else 0
     if args.compile or (args.compile is None and cuda):
         net.compile()
-        ema.encode = torch.compile(ema.encode)
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+        average.net.encode = torch.compile(average.net.encode)
+    ddp = objective
+    if world > 1:
+        ddp = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
     if rank == 0:
-        about = {"args": vars(args), "classes": classes, "ranks": world, "torch": torch.__version__}
-        start_run(args, net, step, about | {"gpu": torch.cuda.get_device_name() if cuda else None})
-        print(f"batch {args.batch} = {world} ranks x {args.accum} accumulation x {local} images; {device}, {amp}")
+        start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
+        print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
     bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    # SIGTERM and SIGINT finish the step and save. The first save comes after a minute.
+    # SIGTERM, SIGINT, torchrun's end: finish the step, save. The first save comes after a minute.
     generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    saved = time.time() - SAVE_SECONDS + 60
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    saved, launcher = time.time() - SAVE_SECONDS + 60, os.getppid()
     if step == end == 0 and rank == 0:
         save_run(args, parts, 0, 0, keep=False)
 
     # 4. The loop.
     objective.train()
     while step < end:
-        # 1. Data. Every random number follows from (seed, step), so a resumed run repeats an unbroken one. All ranks
-        #    draw for the whole batch and keep their rows, so that it does not matter how many ranks share it.
+        # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
+        #    the whole batch and keep their rows: how many they are does not matter.
         epoch, first = divmod(step, per_epoch)
         if order is None or first == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
         rows = order[first * args.batch :][: args.batch]
         generator.manual_seed(seeded(args.seed, 0, step))
-        torch.manual_seed(seeded(args.seed, 1, step, rank))  # dropout, the only draw that sees the ranks
+        torch.manual_seed(seeded(args.seed, 1, step, rank))  # for dropout
         drawn = [draw_numbers(args.batch, net.shape, diffusion, generator) for _ in range(2 if head else 1)]
         stats = {}
         for micro in range(args.accum):
@@ -1172,17 +1174,17 @@ def main(args):
             if batch.device != device:
                 batch, y = (part.pin_memory().to(device, non_blocking=True) for part in (batch, y))
             views = [make_view(batch, y, [part[mine] for part in numbers], args) for numbers in drawn]
-            # 2. The teacher's key from the second view, then one forward pass on the first for both losses.
+            # 2. The teacher's key from the second view, one forward pass on the first for both losses.
             ddp.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
-                key = teacher_key(ema, ema_projector, diffusion, views[1], args.cl_t) if head else None
+                key = teacher_key(average, views[1], args.cl_t) if head else None
                 loss, found = ddp(*views[0], key)  # x0, level, noise, y, aug, key
             scaler.scale(loss / args.accum).backward()
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
-        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for the sake of short runs.
+        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for short runs.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; latents: UNSPECIFIED
-        stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # fp16 skips such steps
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]
+        stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # skipped
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1190,15 +1192,14 @@ def main(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        decay = min(args.ema, (1 + step) / (10 + step))
-        ema_update(ema, net, decay)
-        if head:
-            ema_update(ema_projector, head.projector, decay)
+        ema_update(average, objective, min(args.ema, (1 + step) / (10 + step)))
 
-        # 4. Report and save. Nothing below changes the numbers above.
+        # 4. Report and save.
         bar.update()
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
+        if world > 1 and os.getppid() != launcher:
+            signals.append(signal.SIGTERM)
         wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
         if world > 1:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: the GPU is not waited for
@@ -1215,12 +1216,10 @@ def main(args):
         if save and rank == 0:
             save_run(args, parts, epoch, step, keep)
             if keep or step == end:
-                save_grid(args, ema, diffusion, device, epoch)
+                save_grid(args, average.net, diffusion, device, epoch)
         if stop:
             break
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
@@ -1230,4 +1229,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told("stopped", OSError):  # disk full, no permission
+        main(parse_args())

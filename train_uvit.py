@@ -1,18 +1,16 @@
 """Train a U-ViT that generates and represents: DDAE++ with a [CLS] token, in one file.
 
-[P]    DDAE++, arXiv:2505.10999v1, which builds upon [DDAE] Xiang et al. 2023, arXiv:2303.09769
+[P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al. 2023, arXiv:2303.09769
 [UViT] Bao et al. 2022, arXiv:2209.12152      [EDM] Karras et al. 2022, arXiv:2206.00364
 [DDPM] Ho et al. 2020, arXiv:2006.11239       [DDIM] Song et al. 2020, arXiv:2010.02502
 [MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
 
-    torchrun --nproc_per_node=4 train_uvit.py --dataset cifar100 --cls-token --cl 0.01  # [P]'s best representation
-    python train_uvit.py --dataset shapes --size tiny --cls-token  # on a laptop
-
-Then sample.py, probe.py and fid.py read runs/NAME. The README lists every run of the paper.
+    torchrun --nproc_per_node=4 train_uvit.py --dataset cifar100 --cls-token --cl 0.01
+    python train_uvit.py --dataset shapes --size tiny --cls-token
 
 x0 clean image   x_t noisy image   eps unit noise   level: step t, (B,)   q, k contrastive query and key
-e_t time embedding, here a token   feat feature of --layer: [CLS] or the mean of the image tokens
-B batch   C, H, W image   N tokens, L of them of the image   D width   net is trained; ema is its average
+e_t time embedding, a token   feat feature of --layer: [CLS] or the mean of the image tokens
+B batch   C, H, W image   N tokens, L of them of the image   D width   average: the EMA, the teacher
 """
 
 # ---- 1. Imports, constants --------------------------------------------------------------------------
@@ -24,54 +22,50 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-SIZES = {  # S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours, for a CPU
-    "tiny": {"width": 64, "depth": 5, "heads": 4},
-    "S": {"width": 512, "depth": 13, "heads": 8},
-    "M": {"width": 768, "depth": 17, "heads": 12},
-}
+# width, depth, heads. S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours, for a CPU
+SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
 # [P] Tab. 11, EMA Tab. 8; head: [MoCo]'s for ViTs
 PAPER = {"epochs": 2000, "batch": 256, "lr": 4e-4, "warmup": 13, "ema": 0.9999, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512}  # ours, measured
-CLASSES = {"shapes": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
 ADDED = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the network: public weights lack it
 FREE = "data out epochs accum save_every max_steps device compile resume init".split()  # --resume may change these
-LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl; seconds between saves
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl, seconds between saves
+SUFFIXES, FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), ("PNG", "JPEG", "WEBP", "BMP")
 POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{kind} {name}" for kind in ("solid", "hollow") for name in POLYGONS]
 SYM6 = (  # low-pass taps of the 12-tap symlet [EDM] App. F.2; they sum to sqrt(2)
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
-    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
-    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+    0.0154041093, 0.00349071208, -0.117990111, -0.0483117426, 0.491055942, 0.787641141,
+    0.337929422, -0.0726375228, -0.0210602925, 0.0447249018, 0.00176771186, -0.00780070833,
 )
 
 
 # ---- 2. Backbone ------------------------------------------------------------------------------------
 def time_sinusoid(t, width):
-    """(B,) -> (B, width) float32, cosines first: the time token, without a learned layer."""
+    """(B,) -> (B, width) float32, cosines first: the time token."""
     half = width // 2
     freqs = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * freqs  # (B, width / 2)
@@ -79,7 +73,7 @@ def time_sinusoid(t, width):
 
 
 class UViTAttention(nn.Module):
-    """Multi-head self-attention. With `masked` the first two tokens do not see each other."""
+    """Self-attention; `masked`: the first two tokens do not see each other."""
 
     def __init__(self, width, heads, masked):
         super().__init__()
@@ -90,26 +84,24 @@ class UViTAttention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        if self.masked:  # a mask takes the flash kernel away: only the two rows that need one pay for it
+        h = F.scaled_dot_product_attention(q, k, v)
+        if self.masked:  # two rows anew: a mask for all is slow
             mask = torch.eye(2, N, dtype=torch.bool, device=x.device) | (torch.arange(N, device=x.device) > 1)
             pair = F.scaled_dot_product_attention(q[:, :, :2], k, v, attn_mask=mask)
-            rest = F.scaled_dot_product_attention(q[:, :, 2:], k, v)
-            h = torch.cat([pair, rest], dim=2)
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)
+            h = torch.cat([pair, h[:, :, 2:]], dim=2)
         return self.proj(h.transpose(1, 2).reshape(B, N, D))
 
 
 class UViTBlock(nn.Module):
-    """x + attention(norm x), then x + MLP(norm x); a long skip is concatenated and mapped before. [UViT]"""
+    """x + attention(norm x), then x + MLP(norm x); before, a long skip is joined."""
 
     def __init__(self, width, heads, masked, skip):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = UViTAttention(width, heads, masked)
         self.norm2 = nn.LayerNorm(width)
-        mlp = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(mlp))
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)))
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x, skip=None):
@@ -120,22 +112,21 @@ class UViTBlock(nn.Module):
 
 
 class UViT(nn.Module):
-    """U-ViT: label, time and image patches as tokens, long skips, a convolution on the image at the end. [UViT], [P]
+    """U-ViT: label, time, image patches as tokens, long skips, a convolution at the end. [UViT], [P]
 
     Args:
-        resolution, patch: sides of the image and of a patch. depth: blocks: half in, one in the middle, half out.
-        classes: 0 for unconditional. null_class: the class y = classes has a row of its own, not the mean of all rows.
-        aug_dim: length of the augmentation label, 0 for none. cls_token: add [CLS]. mask: [CLS] and that label apart.
-        layer: block "in_1".., "mid", "out_1".. of the feature. target: "cls" or "gap", the mean of the image tokens.
+        resolution, patch: sides of image and patch. depth: half in, one in the middle, half out.
+        classes, aug_dim: 0 for none; aug_dim is the length of the augmentation label.
+        layer: block of the feature, in_1 .. mid .. out_n. target: "cls", or "gap", the mean of the image tokens.
     """
 
-    def __init__(self, resolution, patch, width, depth, heads, classes=0, null_class=True, aug_dim=0, layer="out_1",
-                 cls_token=False, target="gap", mask=True):
+    def __init__(self, resolution, patch, width, depth, heads, classes=0, aug_dim=0, layer="out_1",
+                 cls_token=False, target="gap"):
         super().__init__()
         if resolution % patch:
             raise ValueError(f"patches of {patch} do not divide {resolution} pixels")
         if target == "cls" and not cls_token:
-            raise ValueError("the feature 'cls' needs a [CLS] token: add --cls-token")
+            raise ValueError("--cl-target cls needs --cls-token")
         self.shape, self.classes = (3, resolution, resolution), classes
         self.feat_dim = self.emb_dim = width
         self.patch, self.length, self.target = patch, (resolution // patch) ** 2, target
@@ -143,24 +134,24 @@ class UViT(nn.Module):
         self.layers = [f"in_{i + 1}" for i in range(half)] + ["mid"] + [f"out_{i + 1}" for i in range(half)]
         self.layer = layer
         if layer not in self.layers:
-            raise ValueError(f"unknown layer {layer!r}; this network has {', '.join(self.layers)}")
+            raise ValueError(f"no layer {layer!r}, but {', '.join(self.layers)}")
         self.pos_embed = nn.Parameter(torch.empty(1, self.length + (2 if classes else 1), width))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
-        self.label_emb = nn.Embedding(classes + null_class, width) if classes else None
-        self.aug_emb = nn.Linear(aug_dim, width) if aug_dim else None  # the bias is its position embedding
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None  # [P]: see section 3
+        self.label_emb = nn.Embedding(classes + 1, width) if classes else None
+        self.aug_emb = nn.Linear(aug_dim, width) if aug_dim else None  # the bias is its position
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None  # section 3
         self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None
-        masked = mask and cls_token and aug_dim > 0  # [P]: [CLS] and the augmentation token are masked from each other
-        self.in_blocks = nn.ModuleList(UViTBlock(width, heads, masked, skip=False) for _ in range(half))
-        self.mid_block = UViTBlock(width, heads, masked, skip=False)
-        self.out_blocks = nn.ModuleList(UViTBlock(width, heads, masked, skip=True) for _ in range(half))
+        masked = cls_token and aug_dim > 0  # [P]: [CLS] and augmentation do not see each other
+        blocks = [UViTBlock(width, heads, masked, skip=i > half) for i in range(depth)]
+        self.in_blocks, self.mid_block = nn.ModuleList(blocks[:half]), blocks[half]
+        self.out_blocks = nn.ModuleList(blocks[half + 1 :])
         self.norm = nn.LayerNorm(width)
         self.decoder_pred = nn.Linear(width, 3 * patch**2)
         self.final_layer = nn.Conv2d(3, 3, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
-        """UNSPECIFIED, as [UViT]: normal of std 0.02 cut at 2, zero biases; convolutions and label table by torch."""
+        """UNSPECIFIED, as [UViT]: normal of std 0.02, zero biases; the rest by torch."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -171,13 +162,11 @@ class UViT(nn.Module):
                 nn.init.trunc_normal_(p, std=0.02)
 
     def tokens(self, x, e_t, y, aug):
-        """[CLS], augmentation and label where there are such, time, then the image row by row: (B, N, D)."""
+        """[CLS], augmentation, label where there are such, time, image patches: (B, N, D)."""
         tokens = [e_t[:, None], self.patch_embed(x).flatten(2).transpose(1, 2)]  # (B, 1, D), (B, L, D)
         if self.classes:
-            table = self.label_emb.weight
-            null = table[-1] if len(table) > self.classes else table.mean(0)
-            label = null.expand(len(x), -1) if y is None else self.label_emb(y)
-            tokens = [label[:, None], *tokens]
+            y = torch.full((len(x),), -1, device=x.device) if y is None else y
+            tokens = [self.label_emb(torch.where(y < 0, self.classes, y))[:, None], *tokens]
         tokens = [torch.cat(tokens, dim=1) + self.pos_embed]
         if self.aug_emb is not None:
             aug = x.new_zeros(len(x), self.aug_emb.in_features) if aug is None else aug
@@ -187,7 +176,7 @@ class UViT(nn.Module):
         return torch.cat(tokens, dim=1)
 
     def run(self, x, t, y, aug, stop=None, maps=None):
-        """Input blocks, middle, output blocks: (prediction, feat, e_t). stop: the last block. maps: for outputs."""
+        """All blocks, or up to `stop`: (prediction, feat, e_t). maps: a dict for their outputs."""
         if x.shape[1:] != self.shape or (y is not None and not self.classes):
             raise ValueError(f"x must be (B, *{self.shape}), not {tuple(x.shape)}; y None if unconditional")
         e_t = time_sinusoid(t, self.emb_dim)  # (B, D)
@@ -210,8 +199,8 @@ class UViT(nn.Module):
     def forward(self, x, t, y=None, aug=None, with_feat=False):
         """One raw evaluation: the prediction (B, 3, H, W); with_feat (prediction, feat, e_t), see encode.
 
-        x: (B, 3, H, W), scaled as the formulation wants it. t: (B,), the formulation's network time.
-        y: class labels (B,), None is the null class everywhere, or no class at all. aug: (B, 9), None equals zeros.
+        x: (B, 3, H, W) and t: (B,), as the formulation's inputs. aug: (B, 9), None is zeros.
+        y: class labels (B,), -1 is the null class, None that everywhere or no class.
         """
         out, feat, e_t = self.run(x, t, y, aug)
         return (out, feat, e_t) if with_feat else out
@@ -221,49 +210,47 @@ class UViT(nn.Module):
         return self.run(x, t, y, aug, stop=self.layer)[1:]
 
     def pool(self, h, kind):
-        """Tokens (B, N, D) -> (B, D) float32: "gap", mean of the image tokens; "token", a random one; or "cls"."""
-        image = h[:, -self.length :].float()
+        """(B, N, D) -> (B, D) float32: "gap", mean of the image tokens; "token", a random one; "cls"."""
+        h = h.float()
         if kind == "gap":
-            return image.mean(dim=1)
-        if kind == "cls":
-            return h[:, 0].float()
-        return image[torch.arange(len(h), device=h.device), torch.randint(self.length, (len(h),), device=h.device)]
+            return h[:, -self.length :].mean(dim=1)
+        some = torch.randint(-self.length, 0, (len(h),), device=h.device)
+        return h[torch.arange(len(h), device=h.device), some if kind == "token" else 0]
 
     def features(self, x, t, y=None, pool="gap", last=None):
-        """Outputs of the blocks up to `last`, pooled by "gap", "token" or "cls": {name: (B, D) float32} in order."""
+        """Outputs of the blocks up to `last`, see pool: {name: (B, D)}."""
         if pool not in ("gap", "token", "cls") or (pool == "cls" and self.cls_token is None):
-            raise ValueError(f"--pool {pool} needs a network trained with --cls-token; there are gap, token and cls")
+            raise ValueError(f"--pool {pool}: there are gap, token, and with --cls-token cls")
         maps = {}
         self.run(x, t, y, None, last, maps)
         return {name: self.pool(h, pool) for name, h in maps.items()}
 
 
 # ---- 3. Self-conditioning: the [CLS] token ----------------------------------------------------------
-# A token network needs no other module: the token that UViT.tokens puts in front reads all patches by attention and
-# gives back what it has read, in every block. Nothing trains it but the denoising loss, until --cl is on. [P]
+# The token that UViT.tokens puts in front reads all patches by attention and gives back what it has read, in every
+# block. Nothing trains it but the denoising loss, until --cl is on. [P]
 
 
 # ---- 4. Diffusion formulation -----------------------------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
-    if not isinstance(level, torch.Tensor):
-        level = torch.full((len(x),), level, device=x.device)
+    level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
     if level.shape != x.shape[:1]:
         raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
 
 
 class Formulation(nn.Module):
-    """What formulations share: levels in the paper's own unit, and reading features at one."""
+    """What formulations share."""
 
     def check_level(self, level):
-        """Raise ValueError if a noise level given by the user is outside of self.range."""
+        """ValueError if a noise level is outside of self.range."""
         low, high = self.range
         if not low <= level <= high or isinstance(low, int) and level % 1:
             raise ValueError(f"noise level {level:g}: {type(self).__name__} takes {self.unit} from {low} to {high}")
 
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
-        """Features of x0 noised at `level` (a number or (B,)), see net.features: {layer: (B, D) float32}. [P]"""
+        """net.features of x0 noised at `level`, a number or (B,)."""
         return net.features(*self.inputs(x0, level, noise), y, pool, last)
 
 
@@ -277,7 +264,7 @@ class DDPM(Formulation):
         self.time_scale = time_scale  # network time per step
         betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)  # (1001,), a_t^2
-        # DEVIATION: [P]'s ancestors sample with this slightly different table, which has no clean step 0.
+        # DEVIATION: the table that [P]'s ancestors sample with has no clean step 0
         ddim = (1 - torch.linspace(1e-4, 0.02, 1001)).log().cumsum(0).exp()
         self.register_buffer("alphabar_ddim", ddim, persistent=False)
 
@@ -291,11 +278,11 @@ class DDPM(Formulation):
         return alphabar.sqrt() * x0 + (1 - alphabar).sqrt() * noise
 
     def inputs(self, x0, level, noise):
-        """What the network sees: x_t (B, C, H, W) and its time (B,)."""
+        """What the network sees: x_t (B, C, H, W), its time (B,)."""
         return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float() * self.time_scale
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error on the noise. Returns the scalar loss, and (feat, e_t) of net.encode."""
+        """Mean squared error on the noise, a scalar; and (feat, e_t) of net.encode."""
         eps_hat, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
         return F.mse_loss(eps_hat.float(), noise), feat
 
@@ -313,30 +300,41 @@ class DDPM(Formulation):
 
 # ---- 5. Data, augmentation --------------------------------------------------------------------------
 def draw_shapes(n, seed, side):
-    """SHAPES of random place, size, slight rotation and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
-    rng = np.random.RandomState(seed)  # a frozen stream: the same set for everybody
+    """SHAPES of random place, size, turn and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
+    rng = np.random.RandomState(seed)  # a frozen stream
     images, labels = np.empty((n, side, side, 3), np.uint8), rng.permutation(n) % len(SHAPES)
     for i, label in enumerate(labels):
         dark = rng.randint(0, 128, 3)
         back, front = rng.permutation([dark, dark + rng.randint(64, 128, 3)]).tolist()
-        radius, turn = rng.uniform(16, 26), rng.uniform(-0.3, 0.3)  # of 64 x 64 pixels; a few leave the frame
+        radius, turn = rng.uniform(16, 26), rng.uniform(-0.3, 0.3)  # of 64 x 64 pixels
         x, y = 32 + rng.uniform(-1, 1, 2) * (34 - radius)
-        corners, inner = [*POLYGONS.values()][label % 5]  # how many, radius of every second one
+        corners, inner = [*POLYGONS.values()][label % 5]
         canvas = Image.new("RGB", (64, 64), tuple(back))
-        for scale, colour in ((radius, front), (radius / 2, back))[: 1 + label // 5]:  # the hollow ones have a hole
+        for scale, colour in ((radius, front), (radius / 2, back))[: 1 + label // 5]:
             z = scale * np.exp(1j * (turn + 2 * np.pi * np.arange(corners) / corners)) * -1j
             z[1::2] *= inner
             ImageDraw.Draw(canvas).polygon([*zip(x + z.real, y + z.imag, strict=True)], fill=tuple(colour))
         images[i] = canvas.resize((side, side), Image.Resampling.BOX)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
+
+
+def open_image(path):
+    """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
+    with told(f"{path} is no image that Pillow reads, or a strip: take it out"):
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > 100 * min(image.size):
+                raise ValueError(image.size)
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def load_image(path, resolution):
-    """Read, box-halve, resize bicubically and center-crop, as in ADM: uint8 (3, resolution, resolution)."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, Image.DecompressionBombError):
-        fail(f"{path} is not an image that Pillow reads: replace it or take it out")
+    """Box-halve, resize, center-crop, as in ADM: uint8 (3, resolution, resolution)."""
+    image = open_image(path)
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)
     scale = resolution / min(image.size)
@@ -347,57 +345,53 @@ def load_image(path, resolution):
 
 
 def list_images(root, split):
-    """(file, class index) of every image of a split, and class names; tiny-imagenet's own layout, too."""
-    try:
-        classes, index = find_classes(root / "train")
-        notes = root / "val" / "val_annotations.txt"  # tiny-imagenet; its test/ has no labels
-        if split == "test" and notes.is_file():
+    """(file, class index) of a split's images, and class names. Hidden files do not count."""
+    folder, notes = root / (split if (root / split).is_dir() else "val"), root / "val" / "val_annotations.txt"
+    classes, there = (sorted(f[:-1] for f in glob("*/", root_dir=path)) for path in (root / "train", folder))
+    with told(f"{root} needs train/<class>/* and test/ or val/ with the same classes, of {' '.join(SUFFIXES)}"):
+        if split == "test" and notes.is_file():  # tiny-imagenet as it comes
             rows = [line.split("\t") for line in notes.read_text().splitlines()]
-            return [(str(root / "val" / "images" / row[0]), index[row[1]]) for row in rows], classes
-        folder = split if (root / split).is_dir() else "val"
-        if find_classes(root / folder)[0] != classes:
-            raise LookupError(f"those of {folder}/ differ")
-        return make_dataset(root / folder, index, SUFFIXES), classes
-    except (OSError, LookupError) as error:
-        fail(f"{root} needs train/<class>/* and test/ or val/ with the same classes, of {' '.join(SUFFIXES)}: {error}")
+            pairs, there = [(f"images/{row[0]}", classes.index(row[1])) for row in rows], classes
+            folder = root / "val"
+        else:
+            pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ["."])
+                     for file in sorted(glob("**", root_dir=folder / name, recursive=True))]  # fmt: skip
+        pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
+        if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
+            raise ValueError(f"{len(classes)} and {len(there)} classes, {len(pairs)} images")
+    return pairs, classes
 
 
 def read_folder(root, split, resolution):
-    """load_data of class folders: images are decoded once and kept as one array beside the data."""
+    """load_data of class folders: images are decoded once, and kept as one file of pixels."""
     pairs, classes = list_images(root, split)
     seen = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _ in pairs]
     folder = root / ".cache" if os.access(root, os.W_OK) else Path(torch.hub.get_dir(), "ddae")
-    cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.npy"
-    if not cache.is_file():
+    cache = folder / f"{split}_{resolution}_{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.bin"
+    shape = len(pairs), 3, resolution, resolution
+    if not cache.is_file() or cache.stat().st_size != math.prod(shape):
         folder.mkdir(parents=True, exist_ok=True)
-        tmp, shape = f"{cache}.{os.getpid()}.tmp", (len(pairs), 3, resolution, resolution)  # nodes may share a disk
-        images = np.lib.format.open_memmap(tmp, "w+", np.uint8, shape)
-        with ThreadPoolExecutor() as pool:
+        with open(f"{cache}.tmp", "wb") as file, ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
-            for i, image in enumerate(tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img")):
-                images[i] = image
-        images.flush()
-        os.replace(tmp, cache)
-    images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # ranks share it
-    return images, torch.tensor([label for _, label in pairs]), classes
+            for image in tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img"):
+                file.write(image.tobytes())
+        os.replace(f"{cache}.tmp", cache)
+    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)  # mapped: ranks share it
+    return images.view(shape), torch.tensor([label for _, label in pairs]), classes
 
 
 def load_data(args, split):
-    """Images uint8 (N, 3, resolution, resolution) and labels (N,) of a split, on the CPU, and the class names."""
+    """Images uint8 (N, 3, resolution, resolution), labels (N,), both on the CPU, and class names."""
     name, train, root = args.dataset, split == "train", Path(args.data, args.dataset)
-    if name == "tiny-imagenet" and not root.is_dir():
-        root = Path(args.data, "tiny-imagenet-200")  # its official name
-    with rank_zero_first():
+    with FileLock(Path(torch.hub.get_dir(), f"{root.name}.lock")):  # one downloads or decodes, the others wait
         if (root / "train").is_dir():
             return read_folder(root, split, args.resolution)
         if name == "shapes":
             return *draw_shapes(10000 if train else 2000, 0 if train else 1, args.resolution), SHAPES
         if name not in ("cifar10", "cifar100") or args.resolution != 32:
-            fail(f"--dataset {name}: no folder {root}/train/<class>/; only shapes and 32-pixel CIFAR do without")
-        try:
+            fail(f"--dataset {name}: no folder {root}/train; only shapes and 32-pixel CIFAR do without")
+        with told(f"no download of {name}: put its images into {root}/train/<class>/", (OSError, RuntimeError)):
             stored = getattr(datasets, name.upper())(args.data, train, download=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"{name} could not be downloaded ({error}); put its images into {root}/train/<class>/ instead")
     images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(stored.targets), stored.classes
 
@@ -413,28 +407,21 @@ def to_uint8(x0):
     return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def decoder(args, device, vae=None):
-    """The function that turns what the sampler returns into uint8 images."""
-    if vae is not None:
-        fail(f"--vae {vae}: the checkpoint works on pixels, drop it")
-    return to_uint8
-
-
 def draw_numbers(n, shape, diffusion, generator):
-    """Random numbers of one view of n images: uniform (n, 12), normal (n, 4), level (n,), noise (n, *shape)."""
+    """One view's random numbers: uniform (n, 12), normal (n, 4), level (n,), noise (n, *shape)."""
     kw = {"generator": generator, "device": generator.device}
     uniform, normal = torch.rand(n, 12, **kw), torch.randn(n, 4, **kw)
     return uniform, normal, diffusion.draw_level(n, generator), torch.randn(n, *shape, **kw)
 
 
 def make_view(images, labels, numbers, args):
-    """One view of B images of load_data, from their rows of draw_numbers: x0, level, noise, y, aug of diffusion.loss.
+    """One view of B images, from their rows of draw_numbers: x0, level, noise, y, aug of diffusion.loss.
 
-    x0 is flipped and augmented, aug (B, 9) or None says how; with --cond y (B,), some of it the null class.
+    x0 is flipped and augmented, aug (B, 9) or None says how. With --cond y (B,), a tenth of it -1, the null class.
     """
     uniform, normal, level, noise = numbers
     x0, aug = to_x0(images, flip=uniform[:, 0] < 0.5), None
-    y = torch.where(uniform[:, 1] < args.label_drop, args.cond, labels) if args.cond else None
+    y = torch.where(uniform[:, 1] < 0.1, -1, labels) if args.cond else None
     if args.aug > 0:
         params, aug = gate_augment(uniform[:, 2:], normal, args.aug)
         x0 = augment(x0, params)
@@ -442,12 +429,12 @@ def make_view(images, labels, numbers, args):
 
 
 def gate_augment(uniform, normal, p):
-    """Keep each transform with probability p. [EDM] App. F.2: x-flip is always drawn, the angle r kept half the time.
+    """Keep each transform with probability p; 0 is no change. [EDM] App. F.2: x-flip at 1/2, angle r of half.
 
     uniform: (B, 10) in [0, 1): x-flip, y-flip, theta, r; gates of y-flip, scale, theta, w, both shifts, r.
-    normal: (B, 4): scale, w, tx, ty. Zero is no change everywhere.
-    Returns (B, 8): xflip, yflip in {0, 1}; scale; rotation theta; stretch w, its angle r; shifts tx, ty, and (B, 9):
-    the same as the network is told it, angles by cosine and sine.
+    normal: (B, 4): scale, w, tx, ty.
+    Returns (B, 8): xflip, yflip in {0, 1}; scale; rotation theta; stretch w, its angle r; shifts tx, ty; and (B, 9):
+    the network's label of it, angles by cosine and sine.
     """
     scale, w, tx, ty = normal.unbind(1)
     xflip, yflip = (uniform[:, :2] < 0.5).float().unbind(1)
@@ -462,8 +449,8 @@ def gate_augment(uniform, normal, p):
 def augment(x0, params):
     """EDM's non-leaky geometric augmentation: flips, then one affine warp at twice the resolution. [EDM] App. F.2
 
-    Reflection padding, sym6 up- and downsampling are linear along each axis, so each is one constant matrix.
-    DEVIATION: always padded by S - 1; the reference pads as far as the batch needs and falls 2e-5 short in corners.
+    Reflection padding, sym6 up- and downsampling are linear along each axis, so each is a constant matrix.
+    DEVIATION: padded by S - 1; the reference pads as the batch needs and falls 2e-5 short in corners.
     x0: (B, C, S, S) float32; params: (B, 8), from gate_augment -> (B, C, S, S).
     """
     S, device = x0.shape[-1], x0.device
@@ -492,7 +479,7 @@ def augment(x0, params):
 
 @functools.cache
 def augment_filters(S, device):
-    """Of an axis of S pixels: reflect by S - 1 and upsample (6S - 4, S); downsample and crop (S, 2S + 12)."""
+    """For S pixels: reflect by S - 1 and upsample (6S - 4, S); downsample and crop (S, 2S + 12)."""
     taps = torch.tensor(SYM6).view(1, 1, -1)
     reflected = F.pad(torch.eye(S)[:, None], [S - 1, S - 1], mode="reflect")  # a row per pixel, (S, 1, 3S - 2)
     up = F.conv_transpose1d(reflected, taps, stride=2, padding=5)[:, 0].T
@@ -516,7 +503,7 @@ class RankMean(torch.autograd.Function):
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm by the statistics of all ranks' batch. (SyncBatchNorm refuses CPU tensors.)"""
+    """BatchNorm by the statistics of all ranks. (SyncBatchNorm refuses CPU tensors.)"""
 
     def __init__(self, dim, affine=True):
         super().__init__()
@@ -531,9 +518,9 @@ class BatchNorm(nn.Module):
 
 
 class Projector(nn.Module):
-    """MoCo v3's MLP of widths dims; with emb_dim time-dependent, as [P]: e_t (B, emb_dim) scales and shifts its layers.
+    """MoCo v3's MLP of widths dims; with emb_dim time-dependent [P].
 
-    UNSPECIFIED: that form of time dependence; it starts as MoCo's projector.
+    UNSPECIFIED: how; here e_t (B, emb_dim) scales and shifts the hidden layers, from 1 and 0.
     """
 
     def __init__(self, dims, emb_dim=0):
@@ -558,7 +545,7 @@ class Projector(nn.Module):
 
 
 class MoCoHead(nn.Module):
-    """Projector, whose EMA copy makes the keys, and predictor, online side only. [MoCo] Sec. 3"""
+    """Projector, whose EMA makes the keys, and predictor, online only. [MoCo] Sec. 3"""
 
     def __init__(self, feat_dim, emb_dim, timed, hidden):
         super().__init__()
@@ -571,10 +558,9 @@ class MoCoHead(nn.Module):
 
 
 def moco_loss(q, k, temperature=0.2):
-    """InfoNCE of queries q (B, D) against the keys k (B, D) of all ranks, times 2 temperature. [MoCo] Alg. 1
+    """InfoNCE of queries q (B, D), keys k (B, D) of all ranks, times 2 temperature [MoCo]; one direction only [P].
 
-    One direction only: [P]. UNSPECIFIED: the temperature is [MoCo]'s. For the log: cl_acc, the share of queries whose
-    own key is nearest, and cl_std, the spread of the queries: 1 is uniform on the sphere, 0 a collapse.
+    UNSPECIFIED: the temperature is [MoCo]'s.
     """
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     keys, rank = k, 0
@@ -584,20 +570,28 @@ def moco_loss(q, k, temperature=0.2):
     with torch.autocast(q.device.type, enabled=False):
         logits = q @ keys.T / temperature  # (B, B world)
     target = torch.arange(len(q), device=q.device) + rank * len(q)
-    spread = q.std(0, correction=0).mean() * q.shape[1] ** 0.5
-    stats = {"cl_acc": (logits.argmax(1) == target).float().mean(), "cl_std": spread}
-    return 2 * temperature * F.cross_entropy(logits, target), stats
+    return 2 * temperature * F.cross_entropy(logits, target)
 
 
 # ---- 7. Run utilities -------------------------------------------------------------------------------
 def fail(message, status=2):
-    """Report the user's mistake: one line on stderr, exit status 2, as argparse does."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # above an open bar
+    """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
+    time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # above an open bar
     raise SystemExit(status)
 
 
+@contextlib.contextmanager
+def told(what, errors=Exception):
+    """Makes errors one line."""
+    try:
+        yield
+    except errors as error:
+        fail(f"{what} ({str(error)[:200]})")
+
+
 def setup_distributed(device):
-    """Join torchrun's process group, if any: --device auto, cpu or cuda -> rank, world, torch.device."""
+    """Join torchrun's process group, if any: --device -> rank, world, torch.device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: this torch sees no GPU; use --device cpu")
@@ -605,35 +599,26 @@ def setup_distributed(device):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if rank > 0:  # what another rank fails of comes first
+        sys.excepthook = lambda *error: (time.sleep(5), sys.__excepthook__(*error))
     if world > 1:  # tensors on the host go through gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
 
 
-@contextlib.contextmanager
-def rank_zero_first():
-    """The first rank of each node goes before the others: downloads and caches are written once."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and first:
-        dist.barrier()
-
-
 def seeded(*numbers):
-    """A well-mixed 64-bit seed. (torch's CPU generator looks at the low 32 bits only.)"""
+    """A well-mixed seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @torch.no_grad()
-def ema_update(ema, net, decay):
-    """ema <- decay ema + (1 - decay) net, all parameters in a few kernels."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+def ema_update(average, objective, decay):
+    """average <- decay average + (1 - decay) objective."""
+    torch._foreach_lerp_(list(average.parameters()), list(objective.parameters()), 1 - decay)
 
 
 def save_checkpoint(path, state):
-    """Write, then rename: whatever stops the job, no file is ever half written."""
+    """Write, then rename: no file is ever half written."""
     with open(f"{path}.tmp", "wb") as file:
         torch.save(state, file)
         os.fsync(file.fileno())
@@ -641,247 +626,240 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """torch.load of tensors and plain types only: no code that a file may carry is run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice about foreign pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file may raise anything
-        fail(f"{path} does not exist or cannot be read as a checkpoint (damaged, or no plain torch.save)")
+    """torch.load of tensors and plain types only: no code in a file is run."""
+    with told(f"{path} does not exist or cannot be read as a checkpoint"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice about foreign pickles
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("checksums differ")  # torch checks none
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(net, path):
-    """--init: official names, behind any wrapper's prefix; only ADDED may be missing in the file."""
+    """--init: official names, behind any wrapper's prefix; only ADDED may be missing."""
     state = read_checkpoint(path)
-    anchor = max((k for k in net.state_dict() if not k.startswith(ADDED)), key=len)  # no other name ends like this
-    try:
+    anchor = max((k for k in net.state_dict() if not k.startswith(ADDED)), key=len)
+    with told(f"--init {path} does not fit this network"):
         for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
         prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
         state = {k.removeprefix(prefix): v for k, v in state.items() if isinstance(v, torch.Tensor)}
         missing, odd = net.load_state_dict(state, strict=False)
-        odd += [k for k in missing if not k.startswith(ADDED)]
-    except (RuntimeError, AttributeError) as error:  # other shapes; no dict of tensors
-        odd = [" ".join(str(error).split())[:200]]
-    if odd:
-        fail(f"--init {path} does not fit this network: {len(odd)} tensors are missing or have no place: {odd[0]}")
+        odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
+        if odd:
+            raise ValueError(f"{len(odd)} tensors are missing, odd or not finite: {odd[0]}")
 
 
 def save_run(args, parts, epoch, step, keep):
-    """With keep epoch_NNNN.pt; then last.pt. (Random numbers follow from seed and step.)"""
-    states = {name: part.state_dict() for name, part in parts.items()}
+    """With keep epoch_NNNN.pt; then last.pt."""
     about = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+    about["ema"] = parts["average"].net.state_dict()
     if keep:
-        save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", about | {"ema": states["ema"]})
-    save_checkpoint(f"{args.out}/last.pt", about | states)
+        save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", about)
+    save_checkpoint(f"{args.out}/last.pt", about | {name: part.state_dict() for name, part in parts.items()})
 
 
 def load_run(path, parts):
-    """Restore what save_run wrote. Returns the step to go on from."""
+    """Restore what save_run wrote; the step to go on from."""
     state = read_checkpoint(path)
-    try:
+    with told(f"--resume: {path} is damaged, take another --out"):
+        state["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name, part in parts.items():
-            if state[name]:  # a scaler has no state where the run was not in fp16
+            if state[name]:  # without fp16 the scaler has none
                 part.load_state_dict(state[name])
-        return state["step"]
-    except Exception:  # as above
-        fail(f"--resume: {path} is damaged or of another network: start over in another --out")
+        for p, moments in parts["optimizer"].state.items():  # fused kernels do not look
+            assert {k: m.shape for k, m in moments.items()} == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        return range(state["step"] + 1)[-1]  # a whole number
+
+
+def claim(out):
+    """Lock the folder of a run; the lock dies with its process. Clears what a killed job left."""
+    lock = FileLock(Path(out, ".lock"), timeout=0)
+    with told(f"--out {out}: another job is writing there", Timeout):
+        lock.acquire()
+    for path in Path(out).glob("*.tmp"):
+        path.unlink()
+    return lock
 
 
 def start_run(args, net, step, about):
-    """Say what is trained; args.json; metrics.jsonl up to step: a killed job may leave more."""
-    print(f"{type(net).__name__} of {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    """Say what is trained; args.json; metrics.jsonl up to step."""
+    print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
     Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
     metrics = Path(args.out, "metrics.jsonl")
-    lines = metrics.read_text().splitlines() if step and metrics.is_file() else [json.dumps({"step": 0} | about)]
-    found = [re.match(r'{"step": (\d+), .*}$', line) for line in lines]
-    metrics.write_text("".join(f"{line[0]}\n" for line in found if line and int(line[1]) <= step))
+    first = json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__} | about).encode()
+    lines = metrics.read_bytes().splitlines() if step and metrics.is_file() else [first]
+    metrics.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
 
 
 def all_finite(stats, run):
-    """A step's numbers averaged over ranks. A run that has diverged ends here, before it is saved."""
+    """A step's numbers averaged over ranks; a run that has diverged ends here, before it is saved."""
     values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
-        fail(f"training diverged: start anew with a lower --lr, from --init {run}/last.pt if there is one", status=1)
+        fail(f"training diverged: take a lower --lr, and --init {run}/last.pt if there is one", status=1)
     return dict(zip(stats, values, strict=True))
 
 
 @torch.no_grad()
 def save_grid(args, ema, diffusion, device, epoch):
-    """samples_NNNN.png: 64 EMA samples, on a CPU 16, from the same noise every time."""
+    """samples_NNNN.png: 64 samples, on a CPU 16, always from the same noise."""
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     y = torch.arange(len(noise), device=device) % ema.classes if ema.classes else None
-    images = decoder(args, device)(diffusion.sample(ema, noise, y=y))
+    images = to_uint8(diffusion.sample(ema, noise, y=y))
     save_image(images / 255, Path(args.out, f"samples_{epoch:04d}.png"), nrow=side, padding=2, pad_value=1)
 
 
 # ---- 8. Flags ---------------------------------------------------------------------------------------
+@told("the flags, or those of the run in --out, do not fit")
 def parse_args(argv=None):
-    """Flags -> Namespace with every default resolved."""
+    """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=[*SIZES], default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
-    add("--cls-token", action="store_true", help="self-conditioning: add the [CLS] token")
-    add("--layer", help="block of the feature: in_1, .., mid, out_1, .. (default: [P] Tab. 10)")
-    add("--cond", nargs="?", type=int, const=-1, default=0, metavar="CLASSES", help="(default: off; bare: all classes)")
-    add("--label-drop", type=float, metavar="P", help="share told the null class, 0: none (default: 0.1)")
-    add = parser.add_argument_group("augmentation and contrastive part").add_argument
-    add("--aug", type=float, metavar="P", help="probability of each non-leaky transform (default: 0; 0.12 with --cl)")
-    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo v3 loss (default: 0; [P]: 0.01)")
-    add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or original (default: time)")
-    add("--cl-t", type=float, metavar="LEVEL", help="noise level of the teacher and the probe (default: [P] Tab. 10)")
-    add("--cl-target", choices=["cls", "gap"], help="contrast [CLS] or the mean token (default: cls with --cls-token)")
-    add("--ablate", choices=["mask", "decay"], help="see [CLS] and augmentation together; let all weights decay ([P])")
+    add("--cls-token", action="store_true", help="self-conditioning: a [CLS] token")
+    add("--layer", help="in_1, .., mid, out_1, .. (default: [P] Tab. 10)")
+    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="(default: off; bare: all)")
+    add = parser.add_argument_group("augmentation, contrast").add_argument
+    add("--aug", type=float, metavar="P", help="probability of each transform (default: 0; 0.12 with --cl)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
+    add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or not (default: time)")
+    add("--cl-t", type=float, metavar="LEVEL", help="level of teacher and probe (default: [P] Tab. 10)")
+    add("--cl-target", choices=["cls", "gap"], help="contrasted token: [CLS] or mean (default: cls if there)")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, tiny-imagenet or a folder of --data (shapes)")
-    add("--data", default="./data", metavar="ROOT", help="ROOT/NAME/train/<class>/* if it exists (default: ./data)")
+    add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
+    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="where data sets lie (default: ./data)")
     add("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64)")
     add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
     add("--epochs", type=int, help="(default: 2000; tiny 8)")
     add("--batch", type=int, help="total over all ranks (default: 256; tiny 16)")
-    add("--accum", type=int, default=1, help="passes that share a batch (default: 1)")
-    add("--lr", type=float, help="constant after a warm-up of 13 epochs (default: 4e-4; tiny 2e-3)")
-    add("--ema", type=float, help="EMA decay per step (default: 0.9999, tiny 0.999; [P] Tab. 8)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto)")
+    add("--accum", type=int, default=1, help="passes per batch (default: 1)")
+    add("--lr", type=float, help="after 13 epochs (default: 4e-4; tiny 2e-3)")
+    add("--ema", type=float, help="decay per step (default: 0.9999, tiny 0.999)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="of weights, order, noise and augmentation (default: 0)")
+    add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run (default: runs/<name from the flags>)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags, as if never stopped")
-    add("--init", metavar="FILE", help="start from these weights (official names)")
-    add("--save-every", type=int, help="epochs between epoch_NNNN.pt and grids (default: a tenth of --epochs)")
-    add("--max-steps", type=int, help="stop after this step; 0 with --init makes a checkpoint")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add("--out", help="folder (default: runs/<name from the flags>)")
+    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    add("--init", metavar="FILE", help="weights to start from, official names")
+    add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
+    add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = read_flags(parser, argv)
 
-    args.model = "ddpm"  # [P] Tab. 9 trains U-ViT with DDPM only
+    args.model = "ddpm"  # [P] Tab. 9
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
     defaults = PAPER | (TINY if args.size == "tiny" else {}) | {
         "resolution": resolution, "patch": max(2, resolution // 16), "aug": 0.12 if args.cl > 0 else 0.0,
-        "cl_target": "cls" if args.cls_token else "gap", "label_drop": 0.1,
+        "cl_target": "cls" if args.cls_token else "gap",
         "layer": "out_1" if resolution >= 64 else "out_2", "cl_t": 66 if resolution >= 64 else 11,  # [P] Tab. 10
     }
-    folder = Path(args.data, args.dataset, "train")
-    found = sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else CLASSES.get(args.dataset, 0)
-    if (args.cond == -1 and not found) or 0 < args.cond < found:
-        parser.error(f"--cond: {args.dataset} has {found or 'unknown'} classes; give the number of classes")
-    args.cond = found if args.cond == -1 else args.cond
-    name = [args.dataset, "uvit", args.size, args.cls_token and "cls", args.cond and "cond"]
-    return resolve_flags(parser, args, defaults, name)
+    return resolve_flags(parser, args, defaults, [args.dataset, "uvit", args.size])
 
 
 def build(args):
-    """Untrained network and formulation, on the CPU: (UViT, DDPM)."""
-    net = UViT(args.resolution, args.patch, **SIZES[args.size], classes=args.cond, null_class=args.label_drop > 0,
-               aug_dim=9 if args.aug > 0 else 0, layer=args.layer, cls_token=args.cls_token, target=args.cl_target,
-               mask=args.ablate != "mask")
-    return net, DDPM(time_scale=0.999)  # [UViT]: t in [0, 1000), as the public weights have it
+    """Untrained (UViT, DDPM), on the CPU."""
+    net = UViT(args.resolution, args.patch, *SIZES[args.size], classes=args.cond and max(args.cond, len(args.classes)),
+               aug_dim=9 if args.aug > 0 else 0, layer=args.layer, cls_token=args.cls_token, target=args.cl_target)
+    return net, DDPM(time_scale=0.999)  # [UViT]: t in [0, 1000)
 
 
 def read_flags(parser, argv):
-    """argparse's answer; with --resume, flags that are not given are those of the run in --out."""
+    """argparse's answer; with --resume, flags not given are those of the run in --out."""
+    parser.error = fail
+    parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
-        state = read_checkpoint(Path(args.out, "last.pt"))
-        if not isinstance(state, dict) or not isinstance(run := state.get("args"), dict):
-            fail(f"--resume: {args.out}/last.pt holds no run: start over in another --out")
+        run = read_checkpoint(Path(args.out, "last.pt"))["args"]
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
-            if key not in FREE and getattr(args, key) not in (value, -1):  # -1 is a bare --cond
-                parser.error(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+            if key not in FREE and getattr(args, key) != value:
+                fail(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
     return args
 
 
 def resolve_flags(parser, args, defaults, name):
-    """Fill in the defaults of what was not given, check the numbers, name the run after what was given."""
-    name = [*name, args.ablate and f"no-{args.ablate}", args.cl and f"cl{args.cl:g}", args.cl_head == "moco" and "moco",
-            args.seed and f"seed{args.seed}"]
-    name += [f"{k.replace('_', '-')}{v}" for k in defaults if (v := getattr(args, k, None)) is not None]
+    """Fill in defaults, check numbers, name the run after the flags that were given."""
+    given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and v not in name and k not in FREE}
+    name = "-".join([*name, *(k if v is True else f"{k}-{v}" for k, v in given.items())])
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    # [P] Tab. 11: every 200; UNSPECIFIED: short runs
+    # [P] Tab. 11; UNSPECIFIED: short runs
     args.save_every = args.save_every or (200 if args.epochs >= 1000 else max(1, args.epochs // 10))
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))
     for key, value in vars(args).items():
         least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
-        most = 1 if key in ("aug", "ema", "label_drop") else 1e15
+        most = 1 if key in ("aug", "ema") else 1e15
         if isinstance(value, float | int) and not least <= value <= most:
-            parser.error(f"--{key.replace('_', '-')} {value} is out of range")
-    try:
-        with torch.device("meta"):
-            build(args)[1].check_level(args.cl_t)
-    except ValueError as error:
-        parser.error(f"--resolution, --layer, --cl-t or a flag of the network: {error}")
-    args.out = args.out or "runs/" + "-".join(str(part) for part in name if part).replace("/", "-")
+            fail(f"--{key.replace('_', '-')} {value} is out of range")
+    if args.cl > 0 and args.batch // args.accum < 2:
+        fail("--cl needs two images or more in a pass")
+    with told("--layer, --cl-t or a flag of the network", ValueError), torch.device("meta"):
+        build(args)[1].check_level(args.cl_t)
+    args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
 
 
 # ---- 9. The loop ------------------------------------------------------------------------------------
 def make_optimizer(objective, args):
-    """AdamW; biases and position embedding do not decay, [CLS] does: [P] Tab. 11. Decay and betas: [UViT]."""
+    """AdamW; biases and positions do not decay, [CLS] does: [P] Tab. 11. Decay, betas: [UViT]."""
     groups = {0.03: [], 0.0: []}
     for name, p in objective.named_parameters():
-        groups[0.0 if name.endswith(("bias", "pos_embed")) and args.ablate != "decay" else 0.03].append(p)
+        groups[0.0 if name.endswith(("bias", "pos_embed")) else 0.03].append(p)
     groups = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.99, 0.999), fused=True)
 
 
 def learning_rate(args, step, per_epoch, total):
-    """Linear warm-up, constant; UNSPECIFIED: tiny networks end in a linear fall to 0."""
+    """Linear warm-up, constant; tiny networks end in a linear fall to 0."""
     rise = (step + 1) / max(1.0, args.warmup * per_epoch)
     return args.lr * max(0.0, min(1.0, rise, (total - step) / max(1.0, args.cooldown * total)))
 
 
 class Objective(nn.Module):
-    """Everything trainable in one module, called once per pass, so that DDP sees every gradient."""
+    """All that is trained, called once per pass, as DDP wants it."""
 
     def __init__(self, net, diffusion, head, gamma):
         super().__init__()
         self.net, self.diffusion, self.head, self.gamma = net, diffusion, head, gamma
 
     def forward(self, x0, level, noise, y, aug, key):
-        """Total loss = L_diffusion + gamma L_moco of one view, and numbers worth logging. [P]"""
+        """L_diffusion + gamma L_moco of one view, and numbers worth logging. [P]"""
         loss, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
         stats = {"loss_diffusion": loss}
         if key is not None:
-            contrast, found = moco_loss(self.head(feat, e_t), key)
-            stats |= {"loss_contrast": contrast} | found
-            loss = loss + self.gamma * contrast
+            stats["loss_contrast"] = moco_loss(self.head(feat, e_t), key)
+            loss = loss + self.gamma * stats["loss_contrast"]
         return loss, {"loss": loss} | stats
 
 
 @torch.no_grad()
-def teacher_key(ema, projector, diffusion, view, level):
-    """Key (B, 256) of the EMA network, of a second view at a fixed level of its own; the pass stops at --layer. [P]"""
+def teacher_key(average, view, level):
+    """The EMA's key (B, 256) of a second view at a fixed level; the pass stops at --layer. [P]"""
     x0, _, noise, _, aug = view
-    x_t, t = diffusion.inputs(x0, level, noise)
-    return projector(*ema.encode(x_t, t, aug=aug))  # UNSPECIFIED: the teacher is never told a class
+    x_t, t = average.diffusion.inputs(x0, level, noise)
+    return average.head.projector(*average.net.encode(x_t, t, aug=aug))  # UNSPECIFIED: it is never told a class
 
 
 def main(args):
-    """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json and samples_NNNN.png."""
+    """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json, samples_NNNN.png."""
     # 1. Where we run, and how the batch is cut.
     rank, world, device = setup_distributed(args.device)
     cuda, last = device.type == "cuda", Path(args.out, "last.pt")
     local = args.batch // (world * args.accum)  # images of one rank in one pass
     if args.batch != local * world * args.accum:
-        fail(f"--batch {args.batch} is not divisible by ranks x accumulation = {world} x {args.accum}")
+        fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
+    _lock = claim(args.out) if rank == 0 else None  # held as long as it lives
     if last.is_file() and not args.resume:
-        fail(f"--out {args.out} holds a run: add --resume to go on, or choose another --out")
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
-    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
-    torch.backends.cudnn.benchmark = True
+        fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
-    # 2. Data: whole, on the device, unless they would fill half of it.
-    nothing = torch.empty(args.batch), torch.empty(args.batch), []  # enough for --max-steps 0
-    images, labels, classes = nothing if args.max_steps == 0 else load_data(args, "train")
+    # 2. Data: on the device, unless they would fill half of it.
+    nothing = torch.empty(args.batch), torch.empty(args.batch), []
+    images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
-        fail(f"--batch {args.batch} is more than the {len(images)} training images: take fewer")
+        fail(f"--batch {args.batch} is more than the {len(images)} training images")
     if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
@@ -893,43 +871,50 @@ def main(args):
     net, diffusion = build(args)
     if args.init and not args.resume:
         load_weights(net, args.init)
+    bf16 = sum(p.numel() for p in net.parameters()) > 1e6  # small ones lose on a CPU
+    bf16 &= getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
+    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
+    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
+    torch.backends.cudnn.benchmark = True
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
-    objective = Objective(net, diffusion, head, args.cl).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    ema_projector = copy.deepcopy(head.projector).requires_grad_(False) if head else None
+    objective = Objective(net, diffusion, head, args.cl).to(device)
+    objective.to(memory_format=torch.channels_last if cuda else torch.preserve_format)  # slower on CPUs
+    average = copy.deepcopy(objective).eval().requires_grad_(False)
     optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    parts = {"model": net, "ema": ema, "diffusion": diffusion, "optimizer": optimizer, "scaler": scaler}
-    parts |= {"head": head, "ema_projector": ema_projector} if head else {}
+    parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
     step = load_run(last, parts) if args.resume else 0
     if args.compile or (args.compile is None and cuda):
         net.compile()
-        ema.encode = torch.compile(ema.encode)
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+        average.net.encode = torch.compile(average.net.encode)
+    ddp = objective
+    if world > 1:
+        ddp = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
     if rank == 0:
-        about = {"args": vars(args), "classes": classes, "ranks": world, "torch": torch.__version__}
-        start_run(args, net, step, about | {"gpu": torch.cuda.get_device_name() if cuda else None})
-        print(f"batch {args.batch} = {world} ranks x {args.accum} accumulation x {local} images; {device}, {amp}")
+        start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
+        print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
     bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    # SIGTERM and SIGINT finish the step and save. The first save comes after a minute.
+    # SIGTERM, SIGINT, torchrun's end: finish the step, save. The first save comes after a minute.
     generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    saved = time.time() - SAVE_SECONDS + 60
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    saved, launcher = time.time() - SAVE_SECONDS + 60, os.getppid()
     if step == end == 0 and rank == 0:
         save_run(args, parts, 0, 0, keep=False)
 
     # 4. The loop.
     objective.train()
     while step < end:
-        # 1. Data. Every random number follows from (seed, step), so a resumed run repeats an unbroken one. All ranks
-        #    draw for the whole batch and keep their rows, so that it does not matter how many ranks share it.
+        # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
+        #    the whole batch and keep their rows: how many they are does not matter.
         epoch, first = divmod(step, per_epoch)
         if order is None or first == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
         rows = order[first * args.batch :][: args.batch]
         generator.manual_seed(seeded(args.seed, 0, step))
-        torch.manual_seed(seeded(args.seed, 1, step, rank))  # dropout, the only draw that sees the ranks
+        torch.manual_seed(seeded(args.seed, 1, step, rank))  # for dropout
         drawn = [draw_numbers(args.batch, net.shape, diffusion, generator) for _ in range(2 if head else 1)]
         stats = {}
         for micro in range(args.accum):
@@ -939,17 +924,17 @@ def main(args):
             if batch.device != device:
                 batch, y = (part.pin_memory().to(device, non_blocking=True) for part in (batch, y))
             views = [make_view(batch, y, [part[mine] for part in numbers], args) for numbers in drawn]
-            # 2. The teacher's key from the second view, then one forward pass on the first for both losses.
+            # 2. The teacher's key from the second view, one forward pass on the first for both losses.
             ddp.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
-                key = teacher_key(ema, ema_projector, diffusion, views[1], args.cl_t) if head else None
+                key = teacher_key(average, views[1], args.cl_t) if head else None
                 loss, found = ddp(*views[0], key)  # x0, level, noise, y, aug, key
             scaler.scale(loss / args.accum).backward()
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
-        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for the sake of short runs.
+        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for short runs.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]; latents: UNSPECIFIED
-        stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # fp16 skips such steps
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]
+        stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # skipped
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -957,15 +942,14 @@ def main(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        decay = min(args.ema, (1 + step) / (10 + step))
-        ema_update(ema, net, decay)
-        if head:
-            ema_update(ema_projector, head.projector, decay)
+        ema_update(average, objective, min(args.ema, (1 + step) / (10 + step)))
 
-        # 4. Report and save. Nothing below changes the numbers above.
+        # 4. Report and save.
         bar.update()
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
+        if world > 1 and os.getppid() != launcher:
+            signals.append(signal.SIGTERM)
         wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
         if world > 1:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: the GPU is not waited for
@@ -982,12 +966,10 @@ def main(args):
         if save and rank == 0:
             save_run(args, parts, epoch, step, keep)
             if keep or step == end:
-                save_grid(args, ema, diffusion, device, epoch)
+                save_grid(args, average.net, diffusion, device, epoch)
         if stop:
             break
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
@@ -997,4 +979,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told("stopped", OSError):  # disk full, no permission
+        main(parse_args())

@@ -63,7 +63,7 @@ def test_center_crop_and_resize(tmp_path):
 
 
 def test_tiny_imagenet_layout(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
+    root = tmp_path / "tiny-imagenet"
     for wnid in ("n01", "n02"):
         (root / "train" / wnid / "images").mkdir(parents=True)
         Image.new("RGB", (64, 64), "red").save(root / "train" / wnid / "images" / "a.JPEG", "JPEG")
@@ -80,7 +80,7 @@ def test_tiny_imagenet_layout(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("unknown", "no folder"), ("empty", "fish"), ("text", "not an image"), ("no-test", "test/ or val/"),
+    [("unknown", "no folder"), ("empty", "fish"), ("text", "no image"), ("no-test", "test/ or val/"),
      ("class-more", "same classes"), ("class-less", "same classes")],
 )  # fmt: skip
 def test_mistakes(kind, says, tmp_path, capsys):

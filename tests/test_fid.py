@@ -2,10 +2,15 @@
 
 import json
 import os
+import random
 import re
+import struct
 import subprocess
 import sys
 import urllib.error
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -239,24 +244,128 @@ def test_bad_images(capsys, tmp_path):
     Image.new("RGB", (8, 8)).save(folder / "000009.png")
     assert "000009.png is not 16x16" in error_of(capsys, first, folder)
     (folder / "000009.png").write_text("not an image")
-    assert "000009.png is no image" in error_of(capsys, first, folder)
-    Image.new("RGBA", (16, 16)).save(folder / "000009.png")
-    assert "RGBA" in error_of(capsys, first, folder)
+    assert "000009.png is not an image" in error_of(capsys, first, folder)
+    (folder / "000009.png").unlink()
+    os.mkfifo(folder / "000009.png")
+    (folder / "none.png").symlink_to(tmp_path / "none.png")
+    (folder / "._000000.png").write_text("not an image")
+    assert fid.open_images(folder, None, 8).n == 3  # regular files alone
     (tmp_path / "empty").mkdir()
     assert "no .png" in error_of(capsys, first, tmp_path / "empty")
 
     npz = tmp_path / "a.npz"
     write_npz(npz, random_images(3))
-    npz.write_bytes(npz.read_bytes()[:500])
+    whole = npz.read_bytes()
+    array = np.array([{"pickled": 1}], dtype=object)
+    bomb = bytearray(whole)  # as the directory at the end has it, the array unpacks to 4 GB
+    at = bomb.rindex(b"PK\1\2")
+    bomb[at + 24 : at + 28] = b"\xff\xff\xff\xfe"
+    for content in (whole[:500], b"not an npz", bytes(bomb), whole[:-100] + b"x" * 100):
+        npz.write_bytes(content)
+        assert "cannot be read" in error_of(capsys, first, npz)
+    write_npz(npz, array)
     assert "cannot be read" in error_of(capsys, first, npz)
-    write_npz(npz, np.array([{"pickled": 1}], dtype=object))
-    assert "cannot be read" in error_of(capsys, first, npz)
-    npz.write_text("not an npz")
+    with zipfile.ZipFile(npz, "w") as file, file.open("arr_0.npy", "w") as npy:  # 90 TB, by its header
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (30, 10**6, 10**6, 3)}
+        np.lib.format.write_array_header_1_0(npy, shape)
     assert "cannot be read" in error_of(capsys, first, npz)
     write_npz(npz, random_images(3).astype(np.float32))
     assert "uint8" in error_of(capsys, first, npz)
     np.savez(npz, mu=np.zeros(2048))
     assert "no arr_0" in error_of(capsys, first, npz)
+    npz.unlink()
+    os.mkfifo(npz)
+    assert "cannot be read" in error_of(capsys, first, npz)
+
+
+def png(pixels, colour, *chunks):
+    """A PNG of raw pixels (H, W, C) in their own depth; colour: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # unfiltered
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour, 0, 0, 0)), *chunks]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_every_kind_of_image(tmp_path):
+    """16 bits keep their high byte, transparency is on white, EXIF's orientation is followed."""
+    path, rng = tmp_path / "a.png", np.random.RandomState(0)
+
+    def check(want):
+        assert np.array_equal(np.asarray(fid.open_image(path)), want)
+
+    for channels, colour in ((1, 0), (3, 2)):
+        deep = rng.randint(65536, size=(6, 4, channels)).astype(">u2")
+        path.write_bytes(png(deep, colour))
+        check(np.repeat(deep >> 8, 3 // channels, 2))
+    alpha = np.array([0, 255, 51, 204], np.uint8)[rng.randint(4, size=(6, 4, 1))]
+    for channels, colour in ((1, 4), (3, 6)):
+        pixels = rng.randint(256, size=(6, 4, channels)).astype(np.uint8)
+        on_white = pixels * (alpha / 255) + 255 - alpha
+        for deep in (False, True):
+            raw = np.concatenate([pixels, alpha], 2)
+            path.write_bytes(png((raw * np.uint16(257)).astype(">u2") if deep else raw, colour))
+            gap = np.asarray(fid.open_image(path)) - np.repeat(on_white, 3 // channels, 2)
+            assert np.abs(gap).max() <= 1
+    pixels = rng.randint(256, size=(6, 4, 3)).astype(np.uint8)
+    clear = pixels.copy()
+    clear[1, 2] = 255
+    path.write_bytes(png(pixels, 2, (b"tRNS", struct.pack(">HHH", *pixels[1, 2]))))  # one colour is transparent
+    check(clear)
+    palette = Image.fromarray(pixels).quantize(8)
+    index, colours = np.asarray(palette), np.asarray(palette.convert("RGB"))
+    for transparency, clear in ((3, index == 3), (bytes([0, 255] * 4), index % 2 == 0)):
+        palette.save(path, transparency=transparency)
+        check(np.where(clear[..., None], 255, colours))
+    turned = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1]]
+    across = pixels.transpose(1, 0, 2)
+    turned += [across, np.rot90(pixels, -1), across[::-1, ::-1], np.rot90(pixels)]
+    for orientation, want in enumerate(turned, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(path, exif=exif)
+        check(want)
+    for mode, suffix in (("1", "png"), ("L", "gif"), ("CMYK", "jpeg"), ("RGB", "bmp"), ("RGB", "webp")):
+        grey = Image.new("L", (4, 6), 255).convert(mode)
+        grey.save(path, format=suffix)
+        check(np.full((6, 4, 3), 255))
+
+
+def test_what_is_no_image(tmp_path, capsys):
+    """Whatever a file is, it is an image or one line; nothing is waited for, run or taken gigabytes for."""
+    path, rng = tmp_path / "a.png", random.Random(0)
+    for size in ((20000, 1), (1, 20000), (12000, 9000), (30000, 30000)):
+        Image.new("1", size).save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own, of bombs
+            assert "too large or too long" in error_of(capsys, fid.open_image, path)
+    os.mkfifo(tmp_path / "pipe.png")
+    for bad in (tmp_path, tmp_path / "none.png", tmp_path / "pipe.png"):
+        assert "not an image" in error_of(capsys, fid.open_image, bad)
+    Image.new("RGB", (4, 6)).save(path, format="PPM")  # few formats: for some, Pillow starts other programs
+    assert "not an image" in error_of(capsys, fid.open_image, path)
+    ends = []
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(random_images(1)[0]).save(path, format=kind, **{} if kind in ("BMP", "GIF") else {"exif": exif})
+        whole = path.read_bytes()
+        for i in range(40):
+            data = bytearray(whole[: rng.randrange(1, len(whole))] if i % 4 == 0 else whole)
+            for _ in range(rng.choice([1, 1, 5])):
+                data[rng.randrange(min(len(data), 200 if i % 2 else 10**6))] = rng.randrange(256)
+            path.write_bytes(data)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    ends.append(fid.open_image(path).mode)
+            except SystemExit as stop:
+                ends.append(stop.code)
+    assert set(ends) == {"RGB", 2} and 20 < ends.count(2) < 180
+    capsys.readouterr()
 
 
 # ---- References ------------------------------------------------------------------------------------
@@ -294,7 +403,7 @@ def test_reference_cache(capsys, monkeypatch, tmp_path, training_set):
     monkeypatch.setattr(FakeInception, "sha", "fake")
     training_set[0] -= 1
     file.write_bytes(b"damaged")
-    assert f"{file} cannot be read" in error_of(capsys, make_reference, tmp_path, "--ref", "shapes")
+    assert str(file) in (line := error_of(capsys, make_reference, tmp_path, "--ref", "shapes")) and "anew" in line
 
     for file in (tmp_path / ".fid").iterdir():
         file.unlink()
@@ -322,8 +431,10 @@ def test_adm_statistics(capsys, tmp_path):
     mean, cov, made = make_reference(tmp_path, "--ref", str(path))
     assert np.array_equal(mean, mu) and np.array_equal(cov, sigma) and made == {"statistics": str(path)}
     assert "cannot be checked" in capsys.readouterr().out
-    np.savez(path, mu=mu[:192], sigma=sigma[:192, :192])
-    assert "2048" in error_of(capsys, make_reference, tmp_path, "--ref", str(path))
+    words = np.full(2048, "a")
+    for bad in ({"mu": mu[:192], "sigma": sigma[:192, :192]}, {"mu": mu}, {"mu": words, "sigma": sigma}):
+        np.savez(path, **bad)
+        assert "2048" in error_of(capsys, make_reference, tmp_path, "--ref", str(path))
 
 
 # ---- The command line ------------------------------------------------------------------------------
@@ -331,7 +442,11 @@ def test_mistakes_that_need_no_network(capsys, tmp_path):
     few = write_npz(tmp_path / "few.npz", random_images(3))
     assert "3 images, but FID needs 2048" in error_of(capsys, run, few, "--ref", few)
     assert "does not exist" in error_of(capsys, run, tmp_path / "none")
-    assert "--json" in error_of(capsys, run, few, "--ref", few, "--json", tmp_path / "none" / "a.json")
+    for bad in (tmp_path / "none" / "a.json", tmp_path):
+        assert str(bad) in error_of(capsys, run, few, "--ref", few, "--json", bad)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is no file" in error_of(capsys, run, pipe)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("{}")
     assert "last.pt" in error_of(capsys, run, tmp_path / "run")
@@ -394,6 +509,7 @@ def test_checkpoint_against_its_own_training_set(script, flags, capsys, tmp_path
     out = capsys.readouterr().out
     assert ("labels balanced" in out) == ("--cond" in flags)
     assert "EMA weights of epoch 3" in out and re.fullmatch(r"FID 9\.00  IS .*\d", out.splitlines()[-1])
+    assert f"wrote {tmp_path / 'fid.json'}" in out
     file = json.loads((tmp_path / "fid.json").read_text())
     result, = file["results"]
     assert (result["fid"], result["epoch"], result["n"], result["weights"]) == (9, 3, 2, "ema")

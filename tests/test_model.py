@@ -279,10 +279,8 @@ def test_moco_loss_by_hand():
     for i in range(6):
         scores = [F.cosine_similarity(q[i], k[j], dim=0) / 0.2 for j in range(6)]
         total += torch.logsumexp(torch.stack(scores), 0) - scores[i]
-    loss, stats = T.moco_loss(q, k)
+    loss = T.moco_loss(q, k)
     assert loss.item() == pytest.approx(0.4 * total.item() / 6, rel=1e-5)
-    assert T.moco_loss(q, q.clone())[1]["cl_acc"] == 1
-    assert T.moco_loss(torch.ones(6, 8), k)[1]["cl_std"] == pytest.approx(0, abs=1e-6)  # a collapse is seen
 
 
 def test_time_dependent_head_starts_as_mocos():

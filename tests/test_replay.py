@@ -29,10 +29,10 @@ CASES = {  # script, flags; the teacher's level, never the default; gamma, in on
     "unet-ddpm": (train_unet, [*UNET, "ddpm"], 66, 0.3),
     "unet-edm": (train_unet, [*UNET, "edm"], 0.3, 0.3),
     "unet-rf": (train_unet, [*UNET, "rf"], 0.2, 0.3),
-    "uvit": (train_uvit, ["--size", "tiny", "--cls-token", "--aug", "0.5", "--cond", "--label-drop", "0.3"], 66, 0.3),
+    "uvit": (train_uvit, ["--size", "tiny", "--cls-token", "--aug", "0.5", "--cond", "3"], 66, 0.3),
     "uvit-gap": (train_uvit, ["--size", "tiny", "--aug", "0.5"], 22, 0.01),
-    "dit": (train_dit, ["--size", "tiny", "--self-cond", "--cond"], 0.2, 0.3),
-    "dit-latents": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "--cache-latents"], 0.3, 0.3),
+    "dit": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "3"], 0.2, 0.3),
+    "dit-latents": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "3", "--cache-latents"], 0.3, 0.3),
 }
 
 
@@ -326,10 +326,10 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
             assert torch.allclose(call["t"].double(), time, atol=1e-6, rtol=1e-6)
             assert (y is None) == (net.classes == 0) and (aug is None) == (script is train_dit)
             if y is not None:
-                assert ((y == labels[rows]) | (y == CLASSES)).all()
+                assert ((y == labels[rows]) | (y == -1)).all()
             # The teacher's: the same images, draws of its own, t*, no class, eval mode, EMA weights.
             flips, other = teacher_view(script, model, seen, level, rows, drawn[:, mine], views)
-            assert not other.equal(noise) and (seen.get("y") is None or (seen["y"] == CLASSES).all())
+            assert not other.equal(noise) and (seen.get("y") is None or (seen["y"] == -1).all())
             assert aug is None or (aug != seen["aug"]).any(1).all()
             assert call["training"] == {True} and seen["training"] == {False}
             assert all(torch.allclose(seen["weights"][k], v, rtol=0, atol=1e-6) for k, v in ema.state_dict().items())
@@ -438,8 +438,8 @@ LEVELS = {  # paper.md, section 2
 def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
     """Two epochs of 300 images in steps of 100, the network left out: order, flips, labels, levels, noise."""
     script, flags, level, _ = CASES[case]
-    plain = {train_unet: [*flags[:2], *flags[-2:]], train_uvit: ["--size", "tiny", "--cond"],
-             train_dit: ["--size", "tiny", "--cond"]}[script]  # fmt: skip
+    plain = {train_unet: [*flags[:2], *flags[-2:]], train_uvit: ["--size", "tiny", "--cond", "3"],
+             train_dit: ["--size", "tiny", "--cond", "3"]}[script]  # fmt: skip
     plain += ["--aug", "0"] if script is not train_dit else []
     args, watch, _, views, labels = watched(case, 300, 100, tmp_path, monkeypatch, light=True, flags=plain)
     assert len(watch.steps) == 6
@@ -454,8 +454,8 @@ def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
         times.append(call["t"].double())
         noises += [view["noise"], other]
         if call.get("y") is not None:
-            assert ((call["y"] == labels[row]) | (call["y"] == CLASSES)).all()
-            null.append(call["y"] == CLASSES)
+            assert ((call["y"] == labels[row]) | (call["y"] == -1)).all()
+            null.append(call["y"] == -1)
     # An epoch is a permutation of all rows, in another order than the next one, and not a sorted one turned round.
     epochs = torch.cat(rows).view(2, 300)
     assert all(sorted(epoch.tolist()) == list(range(300)) for epoch in epochs)

@@ -65,7 +65,7 @@ def test_full_size_parameter_counts():
     assert count() == 44_255_328
     assert count("--cls-token") == 44_255_328 + 2 * 512  # the token and its position
     assert count("--cls-token", "--aug", "0.12") == 44_255_328 + 2 * 512 + 10 * 512  # a linear map of the 9-vector
-    assert count("--cond") == 44_255_328 + 102 * 512  # 100 classes, the null class, one more position
+    assert count("--cond", "100") == 44_255_328 + 102 * 512  # 100 classes, the null class, one more position
 
 
 # ---- [CLS] and the mask
@@ -166,12 +166,8 @@ def test_null_class():
     assert net.label_emb.weight.shape == (5, 32)
     assert net(x, t).equal(net(x, t, torch.full((3,), 4)))
     assert not net(x, t).allclose(net(x, t, torch.tensor([0, 1, 2])), atol=1e-4)
-    bare = network(classes=4, null_class=False)  # as public class-conditional weights: the mean stands for it
-    assert bare.label_emb.weight.shape == (4, 32)
-    want = bare(x, t)
-    with torch.no_grad():
-        bare.label_emb.weight.copy_(bare.label_emb.weight.mean(0))
-    assert torch.allclose(bare(x, t, torch.tensor([3, 1, 2])), want, atol=1e-5)
+    mixed = net(x, t, torch.tensor([0, -1, 2]))  # -1 is the null class, too
+    assert mixed[1].allclose(net(x, t)[1], atol=1e-5) and not mixed[0].allclose(net(x, t)[0], atol=1e-4)
 
 
 def test_network_refuses_what_it_cannot_take():
@@ -180,11 +176,11 @@ def test_network_refuses_what_it_cannot_take():
         net(torch.zeros(1, 3, 16, 16), torch.zeros(1))
     with pytest.raises(ValueError, match="unconditional"):
         net(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match="--cls-token"):
+    with pytest.raises(ValueError, match="with --cls-token"):
         net.features(torch.zeros(1, 3, 8, 8), torch.zeros(1), pool="cls")
-    with pytest.raises(ValueError, match="gap, token and cls"):
+    with pytest.raises(ValueError, match="there are gap, token"):
         network(cls_token=True).features(torch.zeros(1, 3, 8, 8), torch.zeros(1), pool="mean")
-    for kw, says in (({"layer": "out_9"}, "in_1, in_2, mid"), ({"target": "cls"}, "CLS")):
+    for kw, says in (({"layer": "out_9"}, "in_1, in_2, mid"), ({"target": "cls"}, "needs --cls-token")):
         with pytest.raises(ValueError, match=says):
             network(**kw)
     with pytest.raises(ValueError, match="do not divide"):
@@ -225,7 +221,6 @@ def test_decay_groups():
         (["--cl", "0.01", "--cl-target", "gap", "--cls-token"], {"cl_target": "gap"}),
         (["--cl", "0.01"], {"cl_target": "gap"}),
         (["--dataset", "cifar10", "--epochs", "1000"], {"layer": "out_2", "cl_t": 11, "warmup": 13, "cls_token": 0}),
-        (["--cond"], {"cond": 10, "label_drop": 0.1}),
         (["--cond", "1000", "--dataset", "imagenet"], {"cond": 1000}),
     ],
 )  # fmt: skip
@@ -242,18 +237,16 @@ def test_ddpm_time_is_below_1000():
 
 
 def test_labels_of_views():
-    """A share of --label-drop is told the null class, every image by its own draw; without --cond no label is."""
+    """A tenth is told the null class, every image by its own draw; without --cond no label is."""
     labels = torch.arange(2000) % 10
     images = torch.randint(256, (2000, 3, 4, 4), dtype=torch.uint8)
     numbers = V.draw_numbers(2000, (3, 4, 4), V.DDPM(), torch.Generator().manual_seed(0))
-    for share, off in ((0.1, 0.02), (0, 0), (1, 0)):
-        args = V.parse_args([*TINY, "--cond", "--label-drop", str(share)])
-        x0, level, noise, y, aug = V.make_view(images, labels, numbers, args)
-        null = y == 10
-        assert y[~null].equal(labels[~null]) and null.float().mean() == pytest.approx(share, abs=off)
-        mirrored = numbers[0][:, 0] < 0.5
-        assert x0.equal(V.to_x0(images, mirrored)) and 0.45 < mirrored.float().mean() < 0.55 and aug is None
-        assert level.equal(numbers[2]) and noise.equal(numbers[3])
+    x0, level, noise, y, aug = V.make_view(images, labels, numbers, V.parse_args([*TINY, "--cond"]))
+    null = y == -1
+    assert y[~null].equal(labels[~null]) and null.float().mean() == pytest.approx(0.1, abs=0.02)
+    mirrored = numbers[0][:, 0] < 0.5
+    assert x0.equal(V.to_x0(images, mirrored)) and 0.45 < mirrored.float().mean() < 0.55 and aug is None
+    assert level.equal(numbers[2]) and noise.equal(numbers[3])
     _, _, _, y, aug = V.make_view(images, labels, numbers, V.parse_args([*TINY, "--aug", "1"]))
     assert y is None and aug.shape == (2000, 9)
 
@@ -274,12 +267,12 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
 
 
 def test_bare_cond_can_be_repeated_on_resume(tmp_path):
-    """--cond without a number means the classes of the run, and is no other flag than its --cond 10."""
+    """--cond without a number means the classes of the data."""
     train(tmp_path, "--cond", "--max-steps", "1")
     args = V.parse_args(["--out", str(tmp_path), "--cond", "--resume"])
-    assert args.cond == 10 and args.size == "tiny"
+    assert V.build(args)[0].classes == 10 and args.size == "tiny"
     V.main(V.parse_args([*TINY, "--out", str(tmp_path), "--cond", "--max-steps", "2", "--resume"]))
-    assert load(tmp_path)["step"] == 2 and load(tmp_path)["args"]["cond"] == 10
+    assert load(tmp_path)["step"] == 2 and load(tmp_path)["ema"]["label_emb.weight"].shape == (11, 64)
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -352,10 +345,9 @@ def test_init_makes_a_checkpoint_of_public_weights(tmp_path):
     ("flags", "says"),
     [
         (["--resolution", "17"], "do not divide"), (["--layer", "out_7"], "in_1, in_2"),
-        (["--cl-target", "cls"], "CLS"),
-        (["--cond", "--dataset", "mine"], "give the number"), (["--cond", "4"], "has 10 classes"),
-        (["--label-drop", "2"], "--label-drop 2.0 is out of range"), (["--cl-t", "0.06"], "whole steps"),
-        (["--cls-token", "--resume"], "has --cls-token False; drop"), (["--cond", "--resume"], "of another network"),
+        (["--cl-target", "cls"], "needs --cls-token"), (["--cond", "-4"], "--cond -4 is out of range"),
+        (["--cl-t", "0.06"], "whole steps"), (["--cl", "0.01", "--batch", "1"], "two images or more"),
+        (["--cls-token", "--resume"], "has --cls-token False; drop"), (["--cond", "--resume"], "has --cond 0; drop"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys):
