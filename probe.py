@@ -3,10 +3,7 @@
     python probe.py runs/NAME                              # at the paper's layer and level ([P] Tab. 10)
     python probe.py runs/NAME --grid --pixels --cache      # layers x levels, beside raw input
     python probe.py runs/NAME/epoch_{0800,1000,1200}.pt    # CIFAR: the best of three
-    python probe.py runs/A runs/B --grid --pool gap token cls     # [P] Fig. 4: accuracy over layers
-    python probe.py runs/{A,B}/epoch_*.pt --grid --t 0.25         # [P] Fig. 5: layers x epochs
     python probe.py probe_epochs.json fid.json --plot fid.png     # [P] Fig. 3
-    python probe.py runs/A runs/B --curves                 # [P] Fig. 6: training loss so far
     torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss     # held-out loss, paired
 
 The protocol of [P] (DDAE++, arXiv:2505.10999, Tab. 11; ancestor [DDAE], arXiv:2303.09769): EMA weights, cross-entropy,
@@ -19,6 +16,7 @@ B batch   N images of a split   D width, summed over the L layers probed   K cla
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +31,21 @@ from tqdm import tqdm
 
 from sample import fail, load_checkpoint, setup_distributed
 
-SIGMAS, TIMES = [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2, 6, 20, 80], [0.02, *(i / 10 for i in range(1, 10)), 0.98]
 GRIDS = {  # the noise level; levels of --grid, ours, around those of [P] Tab. 10; levels of --loss
     "ddpm": ("t, step of 1000", [1, 11, 33, 66, 130, 260], [1, 10, 30, *range(100, 1001, 100)]),
-    "edm": ("s, noise std", [0.0075, 0.023, 0.06, 0.14, 0.2964, 0.585], SIGMAS),
-    "rf": ("t, time", [0.01, 0.03, 0.06, 0.12, 0.25, 0.4], TIMES),
-    "dit": ("t, time", [0.06, 0.15, 0.25, 0.35, 0.5], TIMES),
+    "edm": ("s, sigma", [0.0075, 0.023, 0.06, 0.14, 0.2964, 0.585], [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2, 6, 20, 80]),
+    "rf": ("t, time", [0.01, 0.03, 0.06, 0.12, 0.25, 0.4], [0.02, *(i / 10 for i in range(1, 10)), 0.98]),
+    "dit": ("t, time", [0.06, 0.15, 0.25, 0.35, 0.5], [0.02, *(i / 10 for i in range(1, 10)), 0.98]),
 }
 BATCH = {"ddpm": 512, "tiny": 128}  # of pixels; others 256 ([P] Tab. 11; tiny: ours)
 BLOCK, KNN_K, KNN_TEMPERATURE = 512, 20, 0.07  # a block of images draws its noise as a whole: fixed
+AHEAD = {"cuda": 1024, "cpu": 1}  # images of one call of the network, at least a batch: few leave a GPU waiting
 ORDER, NOISE, TRAIN, FLIPPED, TEST, SUBSET, LOSS = range(7)  # streams of random numbers under one --seed
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
 ACCURACY = "linear top-1 accuracy, %"
 
 
-# ---- 1. Random numbers and ranks ---------------------------------------------------------------------------
+# ---- 1. Random numbers, ranks, data and frozen features ----------------------------------------------------
 def stream_generator(device, *numbers):
     """A generator of its own for each (seed, stream, index, ..)."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -65,10 +63,8 @@ def all_reduce(tensor):
     return tensor
 
 
-# ---- 2. Data and frozen features ---------------------------------------------------------------------------
 @dataclass
 class Split:
-    """One split of a data set."""
     images: torch.Tensor  # uint8 (N, 3, H, W), or latents float16 (N, 2, C, h, w), each image and its mirror image
     labels: torch.Tensor  # int64 (N,), on the device
     classes: int
@@ -110,7 +106,8 @@ class Encoder:
         if self.level is None:
             return x0.flatten(1)  # (B, C*H*W)
         with self.autocast:
-            feats = self.model.diffusion.features(self.model.net, x0, self.level, noise, y=None, pool=self.pool)
+            feats = self.model.diffusion.features(self.model.net, x0, self.level, noise, y=None, pool=self.pool,
+                                                  last=max(self.layers, key=self.model.net.layers.index))
         return torch.cat([feats[name].float() for name in self.layers], 1)  # (B, D)
 
 
@@ -127,7 +124,7 @@ def stored_features(encode, split, stream, seed, flip=False):
     return all_reduce(feats)
 
 
-# ---- 3. Classifiers: linear heads and kNN ------------------------------------------------------------------
+# ---- 2. Classifiers: linear heads and kNN ------------------------------------------------------------------
 class Heads(nn.Module):
     """One linear classifier per layer, each on its own columns of feat, standardised by mean and std (D,) if given."""
 
@@ -153,27 +150,32 @@ class Heads(nn.Module):
 def train_heads(encode, train, args, stored=(), mean=0.0, std=1.0):
     """Train the heads of all layers at once; their losses are summed, so each learns as if alone.
 
-    stored: features (N, D) to train on instead of fresh ones, [without flip, with flip]. Returns Heads, equal on all
-    ranks: every draw is made for the whole batch, of which a rank takes its share.
+    stored: features (N, D) to train on instead of fresh ones, [without flip, with flip]. Draws are made for whole
+    batches, of which a rank takes its share: numbers hang on neither ranks nor calls, and Heads are equal on all.
     """
     device, n, (rank, world) = train.labels.device, len(train.labels), ranks()
     heads = Heads(encode.layers.values(), train.classes, mean, std).to(device)
     opt = torch.optim.Adam(heads.parameters(), lr=args.lr)
+    together = max(1, AHEAD[device.type] * world // args.batch)  # batches of a call; 1024 images take 4 to 12 GB
     for epoch in range(args.epochs):
         draw = stream_generator("cpu", args.seed, ORDER, epoch)
         noise_draw = stream_generator(device, args.seed, NOISE, epoch)
-        torch.manual_seed(noise_draw.initial_seed() + rank)  # for --pool token alone
         order = torch.randperm(n, generator=draw).to(device)
         flip = ((torch.rand(n, generator=draw) < 0.5) & args.flip).to(device)  # (N,), of image i
         batches = order.split(args.batch)  # the smaller last one, too, as in [DDAE]
         for step, batch in enumerate(tqdm(batches, f"heads, epoch {epoch}", leave=False, disable=rank > 0)):
-            index = batch.tensor_split(world)[rank]  # (b,), this rank's share
-            if stored:
-                feat = torch.where(flip[index, None], stored[1][index], stored[0][index])  # (b, D)
-            else:
-                x0 = train.x0(index, flip[index])  # (b, C, H, W)
-                noise = torch.randn((len(batch), *x0.shape[1:]), generator=noise_draw, device=device)  # fresh
-                feat = encode(x0, noise.tensor_split(world)[rank])  # (b, D)
+            if step % together == 0:
+                some = batches[step : step + together]
+                index = torch.cat([b.tensor_split(world)[rank] for b in some])  # this rank's shares
+                if stored:
+                    feats = torch.where(flip[index, None], stored[1][index], stored[0][index])
+                else:
+                    x0 = train.x0(index, flip[index])
+                    noise = [torch.randn((len(b), *x0.shape[1:]), generator=noise_draw, device=device) for b in some]
+                    torch.manual_seed(noise_draw.initial_seed() + step * world + rank)  # for --pool token alone
+                    feats = encode(x0, torch.cat([b.tensor_split(world)[rank] for b in noise]))
+            index = batch.tensor_split(world)[rank]  # (b,)
+            feat, feats = feats.tensor_split([len(index)])  # (b, D), and those of the next batches
             logits = heads(feat)  # (L, b, K)
             labels = train.labels[index].repeat(len(logits))  # (L * b,)
             loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / len(batch)
@@ -202,7 +204,7 @@ def knn(queries, labels, bank, bank_labels, widths, classes):
     return accuracy
 
 
-# ---- 4. The probe of one checkpoint ------------------------------------------------------------------------
+# ---- 3. The probe of one checkpoint ------------------------------------------------------------------------
 def probe_level(encode, train, test, args):
     """Accuracy of every layer in percent: list of dicts with layer, level, pool, linear and knn (None: not asked)."""
     test_feat = stored_features(encode, test, TEST, args.seed)  # (N, D)
@@ -224,6 +226,19 @@ def probe_level(encode, train, test, args):
     return [{"layer": layer, "linear": a, "knn": b} | common for layer, a, b in cells]
 
 
+def load(path, args, device):
+    """load_checkpoint; flags that do not fit it end the command."""
+    model = load_checkpoint(path, device)
+    for layer in {*(args.layer or [])} - {*model.net.layers}:
+        fail(f"{model.path} has no layer {layer}: choose --layer from {' '.join(model.net.layers)}")
+    try:
+        for level in args.t or []:
+            model.diffusion.check_level(level)
+    except ValueError as error:
+        fail(f"{model.path}, --t: {error}")
+    return model
+
+
 def protocol_defaults(args, model, split, device):
     """Namespace with what the flags leave open ([P] Tab. 10, 11), and the head of a result: what is measured."""
     trained, args = vars(model.args), argparse.Namespace(**vars(args))
@@ -238,21 +253,16 @@ def protocol_defaults(args, model, split, device):
     args.autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
     axis, grid, wide = GRIDS["dit" if model.script.__name__ == "train_dit" else trained["model"]]
     args.t = args.t or (wide if args.loss else grid if args.grid and len(args.pool) == 1 else [trained["cl_t"]])
-    try:
-        for level in args.t:
-            model.diffusion.check_level(level)
-    except ValueError as error:
-        fail(f"{model.path}, --t {level:g}: {error}")
+    head = {"dataset": args.dataset, "model": trained["model"], "axis": axis, "levels": args.t, "epoch": model.epoch}
     name = f"{model.path.absolute().parent.name}, epoch {model.epoch}"
-    head = {"checkpoint": str(model.path), "epoch": model.epoch, "name": name, "model": trained["model"]}
-    return args, head | {"dataset": args.dataset, "axis": axis, "levels": args.t}
+    return args, head | {"checkpoint": str(model.path), "name": name}
 
 
 def probe(model, args, device):
     """Probe a checkpoint: a dict of plain values, the protocol and the cells of probe_level."""
     train, test = load_split(model, args, "train", device), load_split(model, args, "test", device)
     args, result = protocol_defaults(args, model, train, device)
-    x0 = train.x0(torch.arange(min(2, len(train.labels)), device=device), None)  # (2, C, H, W), to see the layers
+    x0 = train.x0(torch.zeros(1, dtype=torch.long, device=device), None)  # (1, C, H, W), to see the layers
     pools = {}  # {pool: {layer: width}}
     for pool in args.pool:
         try:
@@ -260,23 +270,19 @@ def probe(model, args, device):
         except ValueError as error:  # [P] Fig. 4 has a network without [CLS]
             (fail if pool == args.pool[0] else print)(f"{model.path}, no --pool {pool}: {error}")
             continue
-        wanted = list(feats) if args.grid else [str(layer) for layer in args.layer or [model.args.layer]]
-        for layer in set(wanted) - feats.keys():
-            fail(f"{model.path} has no layer {layer}: choose --layer from {' '.join(feats)}")
-        pools[pool] = {layer: feats[layer].shape[1] for layer in wanted}
+        wanted = feats if args.grid else args.layer or [model.args.layer]
+        pools[pool] = {layer: feats[layer].shape[1] for layer in map(str, wanted)}
     encoders = [Encoder(model, level, pools[pool], pool, args.autocast) for pool in pools for level in args.t]
     encoders += [Encoder(model, None, {"pixels": x0[0].numel()}, pool=None)] if args.pixels else []
     protocol = {key: getattr(args, key) for key in "epochs lr batch flip batchnorm cache amp seed".split()}
     protocol["images"] = f"{len(train.labels)} train, {len(test.labels)} test, {train.classes} classes"
-    protocol |= {"pool": " ".join(pools), "levels": " ".join(f"{level:g}" for level in args.t)}
     print(f"{model}\nprotocol: {', '.join(f'{key} {value}' for key, value in protocol.items())}")
     result |= {"layers": list(encoders[0].layers), "pools": list(pools), "protocol": protocol, "cells": []}
     for encode in encoders:
         cells = probe_level(encode, train, test, args)
         result["cells"] += cells
         for cell in cells:
-            vote = f", kNN {cell['knn']:.2f} %" if cell["knn"] is not None else ""
-            print(describe(cell, result) + vote, flush=True)
+            print(describe(cell, result) + ("" if cell["knn"] is None else f", kNN {cell['knn']:.2f} %"), flush=True)
     return result
 
 
@@ -301,10 +307,7 @@ def heldout_loss(model, args, device, earlier=()):
             with args.autocast:
                 losses[row, b] = model.diffusion.loss(model.net, x0, torch.full_like(x0[:, 0, 0, 0], level), noise)[0]
     result |= {"images": list(test.images.shape), "blocks": all_reduce(losses).tolist()}
-    first = (*earlier, result)[0]
-    if any(result[key] != first[key] for key in ("model", "dataset", "levels", "images")):
-        fail(f"{model.path} and {first['checkpoint']} differ in formulation, data or levels")
-    for name, other in (("loss", 0), ("difference", first["blocks"])):
+    for name, other in (("loss", 0), ("difference", (*earlier, result)[0]["blocks"])):
         values = np.subtract(result["blocks"], other)
         result[name] = values.mean(1).tolist()
         result[f"{name}_se"] = (values.std(1, ddof=1) / len(blocks) ** 0.5).tolist()
@@ -314,7 +317,7 @@ def heldout_loss(model, args, device, earlier=()):
     return result
 
 
-# ---- 5. Tables and pictures --------------------------------------------------------------------------------
+# ---- 4. Tables and pictures --------------------------------------------------------------------------------
 def best_cell(cells):
     """The cell of highest linear accuracy; the raw baseline counts only where it is alone."""
     return max(cells, key=lambda cell: (cell["level"] is not None, cell["linear"]))
@@ -333,8 +336,7 @@ def plot_lines(title, settings, *panels):
     figure.suptitle(title)
     for axes, (ylabel, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for i, (name, x, *y) in enumerate(lines):
-            marker = "os^Dv"[i % 5] if len(x) < 25 else None
-            axes.errorbar(x, *y, capsize=3, label=name, marker=marker, color=COLORS[i % len(COLORS)])
+            axes.errorbar(x, *y, capsize=3, label=name, color=COLORS[i % 7], marker="os^Dv"[i % 5] * (len(x) < 25))
         axes.set(ylabel=ylabel, **settings)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
@@ -389,12 +391,9 @@ def plot_training(folders):
     """Diffusion loss over images seen: running means over a twentieth of the log, without the steep first tenth."""
     lines = []
     for folder in map(Path, folders):
-        try:  # of a run that is going the last line may be half written
-            log = (folder / "metrics.jsonl").read_text().splitlines()
-            head, *rows = [json.loads(row) for row in log if row.endswith("}")]
-            images, loss = np.array([(row["step"] * head["args"]["batch"], row["loss_diffusion"]) for row in rows]).T
-        except (OSError, ValueError, KeyError):
-            fail(f"{folder}/metrics.jsonl is missing or holds no step yet: give the folder of a run")
+        log = (folder / "metrics.jsonl").read_text().splitlines()
+        head, *rows = [json.loads(row) for row in log if row.endswith("}")]  # the last may be half written
+        images, loss = np.array([(row["step"] * head["args"]["batch"], row["loss_diffusion"]) for row in rows], float).T
         n = 1 + len(loss) // 20
         lines.append((folder.name, *(np.convolve(x, np.ones(n) / n, "valid")[2 * n - 2 :] for x in (images, loss))))
     return plot_lines(head["args"]["dataset"], {"xlabel": "training images seen"}, ("diffusion loss", lines))
@@ -404,19 +403,17 @@ def plot_fid(files):
     """FID against the accuracy of the best cell: checkpoints matched by folder and epoch, arrows along a run."""
     found, runs = {}, {}  # {(folder, epoch): all that is known}; {folder: [(epoch, FID, accuracy)]}
     for file in files:
-        try:
-            content = json.loads(Path(file).read_text())
-            for row in content.get("checkpoints") or content["results"]:
-                found.setdefault((Path(row["checkpoint"]).absolute().parent, row["epoch"]), {}).update(row)
-        except (OSError, ValueError, KeyError, AttributeError):
-            fail(f"{file} is no JSON file of checkpoints that probe.py or fid.py wrote")
-    both = {key: row for key, row in sorted(found.items()) if {"fid", "cells"} <= row.keys()}
-    if not both:
+        content = json.loads(Path(file).read_text())
+        for row in content.get("checkpoints") or content["results"]:
+            found.setdefault((Path(row["checkpoint"]).absolute().parent, row["epoch"]), {}).update(row)
+    for (folder, epoch), row in sorted(found.items()):
+        if {"fid", "cells"} <= row.keys():
+            runs.setdefault(folder, []).append((epoch, row["fid"], best_cell(row["cells"])["linear"]))
+            dataset = row["dataset"]
+    if not runs:
         fail("no checkpoint has both FID and accuracy: probe the checkpoints that fid.py scored")
-    for (folder, epoch), row in both.items():
-        runs.setdefault(folder, []).append((epoch, row["fid"], best_cell(row["cells"])["linear"]))
     lines = [(folder.name, *[*zip(*points, strict=True)][1:]) for folder, points in runs.items()]
-    figure = plot_lines(row["dataset"], {"xlabel": "FID (less is better), numbers: epoch"}, (ACCURACY, lines))
+    figure = plot_lines(dataset, {"xlabel": "FID (less is better), numbers: epoch"}, (ACCURACY, lines))
     for points in runs.values():
         for (_, *start), (epoch, *end) in zip(points[:1] + points[:-1], points, strict=True):
             figure.axes[0].annotate(epoch, end, (5, 5), textcoords="offset points")
@@ -424,20 +421,20 @@ def plot_fid(files):
     return figure
 
 
-# ---- 6. Flags and main -------------------------------------------------------------------------------------
+# ---- 5. Flags and main -------------------------------------------------------------------------------------
 def parse_args(argv=None):
     """Flags -> Namespace; None where the checkpoint decides (protocol_defaults)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("paths", nargs="+", metavar="RUN", help="checkpoints, run folders (last.pt), or JSON: Fig. 3")
-    add = parser.add_argument_group("what is read or drawn").add_argument
+    add = parser.add_argument_group("what is read").add_mutually_exclusive_group().add_argument
     add("--loss", action="store_true", help="held-out loss per level, and its difference to the first RUN's")
     add("--curves", action="store_true", help="draw the training loss so far")
     add("--layer", nargs="+", metavar="L", help="None: the checkpoint's --layer, [P] Tab. 10")
-    add("--t", nargs="+", type=float, metavar="T", help="noise levels; None: the checkpoint's --cl-t, [P] Tab. 10")
     add("--grid", action="store_true", help="every layer, at several levels")
+    add = parser.add_argument_group("protocol ([P]) and run").add_argument
+    add("--t", nargs="+", type=float, metavar="T", help="noise levels; None: the checkpoint's --cl-t, [P] Tab. 10")
     add("--pool", nargs="+", choices=["gap", "token", "cls"], default=["gap"], help="mean, random token, [CLS] token")
     add("--pixels", action="store_true", help="also the flattened clean pixels or latents")
-    add = parser.add_argument_group("protocol ([P]) and run").add_argument
     add("--epochs", type=int, help="[P] Tab. 11; None: CIFAR 15, others 30")
     add("--lr", type=float, help="[P] Tab. 11; None: pixels 4e-3, latents 2e-3")
     add("--batch", type=int, help="[P] Tab. 11; None: ddpm 512, others 256, latents 1440, tiny (ours) 128")
@@ -449,46 +446,44 @@ def parse_args(argv=None):
     add("--data", help="data root, or the cache of latents; None: the training run's")
     add("--json", type=Path, metavar="FILE", help="all results; None: with --grid, --loss, several RUNs")
     add("--plot", type=Path, metavar="FILE.png", help="the picture; None: as --json")
-    add("--features", type=Path, metavar="FILE.npz", help="write features and labels, too")
+    add("--features", type=Path, metavar="FILE.npz", help="write features (of the last RUN, level and pool) and labels")
     add("--seed", type=int, default=0, help="of order, flips and noise")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
-    if args.grid and args.layer:
-        parser.error("--grid probes every layer: drop --layer or --grid")
-    if min(1 if n is None else n for n in (args.epochs, args.lr, args.batch, args.subset)) <= 0 or args.seed < 0:
+    if not all(0 < n < 1e15 for n in (args.epochs, args.lr, args.batch, args.subset, args.seed + 1) if n is not None):
         parser.error("--epochs, --lr, --batch and --subset must be above 0, --seed at least 0")
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot {args.plot}: pictures are PNG, give FILE.png")
     if len(args.pool) > 1 < len(args.t or []):
         parser.error("several --pool are drawn over the layers at one level: give one --t")
-    if args.features and (args.grid or max(map(len, (args.paths, args.pool, args.t or "", args.layer or ""))) > 1):
-        parser.error("--features takes one RUN, --layer, --t and --pool, and no --grid")
     first = Path(args.paths[0])
     args.files, folder = first.suffix == ".json", first if first.is_dir() else first.parent
-    if args.curves or args.files:
-        args.plot = args.plot or folder / ("training_loss.png" if args.curves else "fid_accuracy.png")
-    elif args.loss or args.grid or len(args.paths) > 1:
-        base = folder / ("heldout_loss" if args.loss else "probe_grid" if args.grid else "probe_epochs")
-        args.json, args.plot = args.json or base.with_suffix(".json"), args.plot or base.with_suffix(".png")
+    name = "heldout_loss" if args.loss else "probe_grid" if args.grid else "probe_epochs"
+    name = "training_loss" if args.curves else "fid_accuracy" if args.files else name
+    if name != "probe_epochs" or len(args.paths) > 1:
+        args.json, args.plot = args.json or folder / f"{name}.json", args.plot or folder / f"{name}.png"
     return args
 
 
 def main(args):
     """Probe every checkpoint, or do what the flags ask instead; returns the results."""
-    try:
-        for path in filter(None, [args.json, args.plot, args.features]):
-            path.open("a").close()
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; name another file")
+    for path in filter(None, [args.json, args.plot, args.features]):
+        if path.is_dir() or not os.access(path if path.exists() else f"{path.parent}/", os.W_OK):
+            fail(f"cannot write {path}: name another file, in a folder that exists")
     if args.curves or args.files:
         return (plot_training if args.curves else plot_fid)(args.paths).savefig(args.plot, dpi=150)
     rank, world, device = setup_distributed(args.device)
     sys.stdout = sys.stdout if rank == 0 else None  # one rank speaks
     torch.set_float32_matmul_precision("high")
     results = []
+    if len(args.paths) > 1:  # mistakes about a later one show before the first is probed
+        models = (load(path, args, "cpu") for path in args.paths)
+        kinds = {(m.args.model, args.dataset or m.args.dataset, m.net.shape) for m in models}
+        if args.loss and len(kinds) > 1:
+            fail(f"{' and '.join(args.paths)} differ in formulation, data set or resolution")
     for path in args.paths:
-        model = load_checkpoint(path, device)
+        model = load(path, args, device)
         results.append(heldout_loss(model, args, device, results) if args.loss else probe(model, args, device))
         content = {"checkpoints": results}
         if not args.loss:
@@ -507,4 +502,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    mistakes = Exception if args.curves or args.files else OSError  # files may hold anything, disks be full
+    try:
+        main(args)
+    except mistakes as error:
+        fail(f"{' '.join(args.paths)}: {type(error).__name__}, {error}")

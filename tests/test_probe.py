@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import runpy
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,16 +41,18 @@ def make_split(n, seed=0, classes=4):
 class FakeDiffusion:
     """Two layers: colour means, and the left half's pixels. Their noise is level * noise."""
 
-    def features(self, net, x0, level, noise, y=None, pool="gap"):
+    def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
         x = x0 + level * noise
-        return {"out_1": x.mean((2, 3)), "out_2": x[..., :4].flatten(1)}
+        feats = {"out_1": x.mean((2, 3)), "out_2": x[..., :4].flatten(1)}
+        return {name: feats[name] for name in list(feats)[: list(feats).index(last) + 1]}
 
 
 LAYERS = {"out_1": 3, "out_2": 96}
 
 
 def fake_encoder(level, layers=LAYERS):
-    return probe.Encoder(SimpleNamespace(net=None, diffusion=FakeDiffusion(), path="fake"), level, layers)
+    net = SimpleNamespace(layers=[*LAYERS])
+    return probe.Encoder(SimpleNamespace(net=net, diffusion=FakeDiffusion(), path="fake"), level, layers)
 
 
 # ---- Heads, kNN, protocol ---------------------------------------------------------------------------------
@@ -296,25 +300,76 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "--layer", "out_99"], "no layer out_99: choose --layer from out_1 out_2"),
-        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t 1001: noise level 1001"),
+        (["{run}/epoch_1.pt", "{run}/edm.pt", "--t", "500"], "edm.pt, --t: noise level 500: EDM takes"),
+        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t: noise level 1001: DDPM takes"),
         (["{run}/epoch_1.pt", "--pool", "cls"], "a UNet has no"),
         (["{run}/epoch_1.pt", "--data", "{run}/nowhere"], "nowhere"),
         (["{run}/epoch_1.pt", "--json", "{run}"], "cannot write"),
-        (["{run}/epoch_1.pt", "--grid", "--layer", "out_1"], "--grid probes every layer"),
+        (["{run}/epoch_1.pt", "--plot", "{run}/nowhere/a.png"], "cannot write"),
+        (["{run}/epoch_1.pt", "--features", "{run}/epoch_1.pt/f.npz"], "cannot write"),
+        (["{run}/epoch_1.pt", "--grid", "--layer", "out_1"], "not allowed with argument"),
+        (["{run}/epoch_1.pt", "--device", "gpu"], "invalid choice: 'gpu'"),
         (["{run}/epoch_1.pt", "--plot", "a.txt"], "FILE.png"),
         (["{run}/epoch_1.pt", "--lr", "0"], "above 0"),
-        (["{run}/epoch_1.pt", "--features", "f.npz", "--grid"], "--features takes one RUN"),
+        (["{run}/epoch_1.pt", "--lr", "nan"], "above 0"),
+        (["{run}/epoch_1.pt", "--batch", "9" * 30], "above 0"),
+        (["{run}/epoch_1.pt", "--t", "nan"], "noise level nan"),
         (["{run}/epoch_1.pt", "--pool", "gap", "cls", "--t", "1", "2"], "give one --t"),
-        (["{run}/data", "--curves", "--plot", "{run}/c.png"], "metrics.jsonl is missing"),
-        (["{run}/data/none.json", "--plot", "{run}/c.png"], "none.json is no JSON file"),
         (["{run}/epoch_1.pt", "{run}/edm.pt", "--loss", "--t", "1"], "differ in formulation"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, capsys, argv, message):
+    before = sorted(run.iterdir())
     with pytest.raises(SystemExit) as stop:
         call(*(part.format(run=run) for part in argv))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr()
+    error = said.err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message in error and "error: " in error, error
+    assert "top-1" not in said.out and sorted(run.iterdir()) == before, "told after the work, or an empty file is left"
+
+
+LOG = '{"step": 0, "args": {"batch": 8, "dataset": "mini"}}\n{"step": 9, "loss_diffusion": 1.5}\n'
+SCORED = {"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", None),
+        ("metrics.jsonl", LOG[:60]),
+        ("metrics.jsonl", LOG.replace("8", '"many"')),
+        ("metrics.jsonl", LOG.replace("{", "[").replace("}", "]}")),
+        ("metrics.jsonl", "\0\xff" * 99),
+        ("a.json", None),
+        ("a.json", "[1, 2"),
+        ("a.json", "[]"),
+        ("a.json", '{"results": [7]}'),
+        ("a.json", json.dumps({"results": [{"epoch": 3, "fid": 1}]})),
+        ("a.json", json.dumps({"results": [SCORED | {"fid": 2, "cells": [{"linear": "?"}]}]})),
+        ("a.json", json.dumps({"results": [SCORED | {"fid": {}, "cells": [{"linear": 1, "level": 2}]}]})),
+        ("a.json", json.dumps({"results": [SCORED, SCORED | {"epoch": "last"}]})),
+    ],
+)
+def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, monkeypatch, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    argv = [str(tmp_path), "--curves"] if name == "metrics.jsonl" else [str(tmp_path / name)]
+    monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(probe.__file__, run_name="__main__")
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and error.startswith(f"error: {argv[0]}"), error
+    assert [path.name for path in tmp_path.iterdir()] == [name] * (text is not None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_full_disk_is_told_in_one_line(run, capsys, monkeypatch):
+    argv = [run / "epoch_1.pt", "--json", "/dev/full", "--epochs", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(probe.__file__, run_name="__main__")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "error: " in error and "No space left" in error, error
 
 
 class Loss(nn.Module):
@@ -493,6 +548,52 @@ def test_several_poolings_with_and_without_cls(run, tmp_path, figures, capsys):
     assert alone[0]["linear"] == cells["cls", "mid"]
 
 
+@pytest.mark.parametrize("script", [train_unet, train_uvit, train_dit])
+def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
+    """No later block runs, and what it gives is what the whole network gives, bit for bit, random tokens included."""
+    size = ["--backbone" if script is train_unet else "--size", "tiny", "--out", str(tmp_path)]
+    args, ran, counts = script.parse_args(size), [], []
+    net, diffusion = script.build(args)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.05)
+    model = SimpleNamespace(net=net.eval(), diffusion=diffusion)
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 5, *net.shape, generator=draw)
+    pool, first, last = "gap" if script is train_unet else "token", net.layers[0], net.layers[-2]
+    torch.manual_seed(1)
+    whole = diffusion.features(net, x0, args.cl_t, noise, pool=pool)
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    for layers in ([last, first], net.layers):
+        ran.clear()
+        torch.manual_seed(1)
+        feat = probe.Encoder(model, args.cl_t, {name: whole[name].shape[1] for name in layers}, pool)(x0, noise)
+        assert torch.equal(feat, torch.cat([whole[name] for name in layers], 1)) and whole[first].std() > 1e-3
+        counts.append(len(ran))
+    assert 0 < counts[0] < counts[1] - 3
+
+
+@pytest.mark.parametrize("ahead", [1, 40, 96, 1000])
+def test_batches_that_share_a_call_train_the_same_heads(monkeypatch, ahead):
+    """90 images in batches of 13, the last one smaller: as many calls as said, the same heads bit for bit."""
+    train, args, called = make_split(90), flags(batch=13), []
+
+    class Counted(probe.Encoder):
+        def __call__(self, x0, noise):
+            called.append(len(x0))
+            return super().__call__(x0, noise)
+
+    model = fake_encoder(0.3).model
+    alone = probe.train_heads(Counted(model, 0.3, LAYERS), train, args)
+    assert called == 3 * ([13] * 6 + [12])
+    called.clear()
+    monkeypatch.setitem(probe.AHEAD, "cpu", ahead)
+    shared = probe.train_heads(Counted(model, 0.3, LAYERS), train, args)
+    assert called == 3 * {1: [13] * 6 + [12], 40: [39, 39, 12], 96: [90], 1000: [90]}[ahead]
+    assert torch.equal(alone.weight, shared.weight) and torch.equal(alone.bias, shared.bias)
+    assert alone.weight.abs().max() > 1e-3
+
+
 def test_fid_against_accuracy(tmp_path, figures, capsys):
     """Two runs, files of different order, a checkpoint that only one of the tools has seen."""
     def probed(run, epoch, accuracy):
@@ -565,13 +666,17 @@ def test_broken_weights_are_an_error(run, tmp_path, capsys):
 
 
 def call_and_keep_heads(path, argv):
-    """Run the command with blocks so small that both ranks have some; save the heads of its last level."""
-    trained, block, probe.BLOCK = probe.train_heads, probe.BLOCK, 16
+    """Run the command with blocks so small that both ranks have some; save the heads of its last level.
+
+    Calls of the network serve several batches: two of 13 images in one process, four on two ranks.
+    """
+    trained, block, probe.BLOCK, ahead = probe.train_heads, probe.BLOCK, 16, probe.AHEAD
+    probe.AHEAD = {"cpu": 30}
     try:
         probe.train_heads = lambda *a: torch.save((heads := trained(*a)).state_dict(), path) or heads
         return call(*argv)
     finally:
-        probe.train_heads, probe.BLOCK = trained, block
+        probe.train_heads, probe.BLOCK, probe.AHEAD = trained, block, ahead
 
 
 def rank_main(rank, port, path, argv):
