@@ -1,17 +1,25 @@
 """sample.py: exact count, images that depend on their index only, and refusal of what is no checkpoint."""
 
+import copy
+import functools
 import os
 import pickle
+import random
+import resource
+import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 import sample
+import train_dit
 import train_unet as T
 import train_uvit
 
@@ -38,6 +46,15 @@ def conditional(path):
 
 def run(*flags):
     sample.main(sample.parse_args([str(f) for f in flags]))
+
+
+def error_of(capsys, call, *argv):
+    """The one line on stderr of a call that must end with exit status 2; a bar may stand beside it."""
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("sample:")]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
 
 
 def test_image_i_depends_on_its_index_only(tmp_path, monkeypatch):
@@ -88,7 +105,8 @@ def test_folder_npz_and_grid(tmp_path, capsys):
     assert (picture[2:66, 2:66] == arrays[0].repeat(4, 0).repeat(4, 1)).all()
     assert (picture[68:132, 68:132] == arrays[4].repeat(4, 0).repeat(4, 1)).all()
     said = capsys.readouterr().out
-    assert "EMA weights of epoch 3 (step 9)" in said and "NFE 3" in said
+    assert "EMA weights of epoch 3 (step 9)" in said and "NFE 3" in said and "labels" not in said
+    assert f"wrote {tmp_path / 'five.npz'}" in said and said.splitlines()[-1] == f"wrote {tmp_path / 'run/samples.png'}"
 
 
 def test_rows_share_their_noise_and_have_names(tmp_path):
@@ -116,6 +134,7 @@ def test_a_column_per_class(tmp_path, capsys, monkeypatch):
         run(path, "--steps", "1", *flags)
         assert Image.open(tmp_path / "samples.png").size == (columns * 66 + 2, rows * 66 + 2)
         assert drawn.pop().tolist() == labels
+    assert "labels [3]" in capsys.readouterr().out
     run(path, "--steps", "1", "--labels", "random", "--n", "64")
     assert Image.open(tmp_path / "samples.png").size == (8 * 66 + 2, 8 * 66 + 2) and len(set(drawn.pop().tolist())) > 5
     for bad in (["10"], ["-1"], ["3", "random"], ["cat"]):
@@ -161,14 +180,20 @@ class Bomb:
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("missing", "does not exist"), ("cut", "cannot be read"), ("pickle", "cannot be read"), ("text", "cannot be read"),
+    [("missing", "does not exist"), ("pipe", "no file"), ("cut", "damaged"), ("pickle", "damaged"), ("text", "damaged"),
      ("script", "no checkpoint"), ("keys", "no checkpoint"), ("weights", "final.bias"), ("shape", "final.bias"),
-     ("flags", "damaged"), ("epoch", "damaged"), ("bit", "damaged")],
+     ("flags", "damaged"), ("epoch", "damaged"), ("bit", "damaged"), ("packed", "damaged"),
+     ("repeated", "more weights"), ("large", "size mismatch"), ("latents", "no checkpoint"), ("tensor", "serializable"),
+     ("level", "no train script"), ("model", "no train script"), ("resolution", "no train script"),
+     ("dataset", "no train script")],
 )  # fmt: skip
-def test_no_checkpoint(kind, says, tmp_path, capsys):
+def test_no_checkpoint(kind, says, tmp_path, capsys, bounded):
     path = tmp_path / "x.pt"
-    if kind not in ("missing", "pickle", "text", "keys"):
+    if kind not in ("missing", "pipe", "pickle", "text", "keys"):
         checkpoint(path)
+        state = torch.load(path, weights_only=True)
+    if kind == "pipe":
+        os.mkfifo(path)
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:5000])
     if kind == "pickle":
@@ -181,24 +206,200 @@ def test_no_checkpoint(kind, says, tmp_path, capsys):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
-    if kind in ("script", "weights", "shape", "flags", "epoch"):
-        state = torch.load(path, weights_only=True)
-        if kind == "script":
-            state["script"] = "os"
-        if kind == "weights":
-            state["ema"].pop("final.bias")
-        if kind == "shape":
-            state["ema"]["final.bias"] = torch.zeros(1)
-        if kind == "flags":
-            state["args"]["backbone"] = 5
-        if kind == "epoch":
-            state["epoch"] = [3]
+    if kind == "packed":  # what torch.load would inflate
+        with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+        assert torch.load(tmp_path / "y.pt", weights_only=True)["epoch"] == 3
+        os.replace(tmp_path / "y.pt", path)
+    if kind in ("repeated", "large", "latents"):
+        args = train_dit.parse_args(["--dataset", "shapes", "--size", "tiny", "--cond"])
+        if kind == "latents":
+            args.cache_latents, args.vae, args.latents = "none", "none.pt", {"mean": [0.0] * 3, "std": [], "vae": "ab"}
+            args.resolution *= 16
+        ema, name = train_dit.build(args)[0].state_dict(), "y_embedder.embedding_table.weight"
+        if kind == "repeated":  # one row of the table stands for 100 million: 25 GB in 2 MB
+            ema[name] = ema[name][:1].clone().expand(10**8 + 1, -1)
+        args.classes = 10 if kind == "latents" else 10**8
+        state |= {"script": "train_dit", "args": vars(args), "ema": ema}
+    if kind == "script":
+        state["script"] = "os"
+    if kind == "weights":
+        state["ema"].pop("final.bias")
+    if kind == "shape":
+        state["ema"]["final.bias"] = torch.zeros(1)
+    if kind == "flags":
+        state["args"]["backbone"] = 5
+    if kind == "epoch":
+        state["epoch"] = [3]
+    odd = {"tensor": ("dropout", torch.zeros(())), "model": ("model", "odd"), "level": ("cl_t", True)}
+    odd["dataset"] = "dataset", "a\0b"
+    if kind in odd:
+        state["args"] |= [odd[kind]]
+    if kind == "resolution":  # of a network without attention, whose weights suit any
+        state["args"] = vars(T.parse_args(["--backbone", "tiny", "--resolution", "8"]))
+        state["ema"] = T.build(T.parse_args(["--backbone", "tiny", "--resolution", "8"]))[0].state_dict()
+        state["args"]["resolution"] = 8192
+    if kind not in ("missing", "pipe", "cut", "pickle", "text", "keys", "bit", "packed"):
         torch.save(state, path)
-    with pytest.raises(SystemExit) as stop:
-        run(path)
-    err = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len([x for x in err if x.startswith("error: ") and says in x]) == 1
+    bounded()
+    assert says in error_of(capsys, run, path)
     assert not (tmp_path / "boom").exists()
+
+
+@pytest.fixture
+def bounded():
+    """20 seconds and 2 GB more than now: what a damaged file may cost."""
+    def late(*_):
+        raise AssertionError("more than 20 seconds")
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, limits[1]))
+    yield lambda: signal.alarm(20)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+FLAGS = [None, True, 0, 1, -1, 7, 10**6, 10**12, 10**400, 10**5000, 0.5, -0.5, 1e300, float("nan"), float("inf"), "",
+         "x", "edm", "a\0b", "\ud800", "x" * 5000, [], ["x"], {}, {"mean": [1.0] * 4, "std": "x", "vae": "ab"}, (1, 2),
+         b"x", 1j, torch.zeros(()), torch.zeros(3)]  # fmt: skip
+WEIGHTS = [lambda t: None, lambda t: 5, lambda t: [], lambda t: t[None], lambda t: t[:0], lambda t: t.half(),
+           lambda t: t.double(), lambda t: t * torch.nan, lambda t: torch.empty_like(t, device="meta"),
+           lambda t: torch.zeros(1).expand(t.shape), lambda t: torch.zeros(1).expand(10**6, 10**4), lambda t: {},
+           lambda t: t.tolist(), lambda t: t.to_sparse()]  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Whole checkpoints of networks small enough to be read by the hundred."""
+    monkeypatch.setitem(T.BACKBONES, "tiny", {"width": 32, "mult": (1,), "blocks": 1, "biggan": False})
+    monkeypatch.setitem(train_dit.SIZES, "tiny", (64, 3, 4))
+    states = []
+    for script, flags, latents in (
+        (T, ["--backbone", "tiny", "--model", "edm", "--self-cond", "--layer", "out_1"], None),
+        (T, ["--backbone", "tiny", "--resolution", "8"], None),
+        (train_dit, ["--size", "tiny", "--cond", "--self-cond"], None),
+        (train_dit, ["--size", "tiny", "--resolution", "64", "--patch", "1"], {"vae": "ab", "mean": [0.0] * 4}),
+    ):
+        args = script.parse_args(["--dataset", "shapes", *flags])
+        if latents:
+            args.cache_latents, args.vae, args.latents = "none", "none.pt", latents | {"std": [1.0] * 4}
+        state = {"script": script.__name__, "args": vars(args), "ema": dict(script.build(args)[0].state_dict())}
+        states.append(state | {"epoch": 3, "step": 9})
+    return states
+
+
+def mutated(states, kind, rng):
+    """A copy with one to three entries missing, or replaced by something odd."""
+    state = copy.deepcopy(rng.choice(states))
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        part = state if kind == "top" else state[kind]
+        key = rng.choice(list(part))
+        if rng.random() < 0.15:
+            part.pop(key)
+        elif kind == "ema" and isinstance(part[key], torch.Tensor) and part[key].ndim:
+            part[key] = rng.choice(WEIGHTS)(part[key])
+        else:
+            part[key] = rng.choice(FLAGS)
+    return state
+
+
+@torch.no_grad()
+@sample.plain_errors()
+def use(path):
+    """Load a checkpoint and read what the tools read of it; a step of the sampler, features and data."""
+    model = sample.load_checkpoint(path)
+    print(model)
+    x = torch.zeros(1, *model.net.shape)
+    assert model.args.layer in model.diffusion.features(model.net, x, model.args.cl_t, x) and f"{model.args.cl_t:g}"
+    model.diffusion.check_level(model.args.cl_t)
+    for act in (lambda: list(sample.generate(model, 1, steps=1)), lambda: model.script.load_data(model.args, "train")):
+        try:
+            act()
+        except SystemExit as stop:  # a VA-VAE or a data set that is not here
+            assert stop.code == 2
+
+
+@pytest.mark.parametrize(("kind", "n"), [("args", 60), ("ema", 40), ("top", 20)])
+def test_mutated_checkpoints(kind, n, small, tmp_path, capsys, monkeypatch, bounded):
+    """Each is refused by one line, or works: flags that do not matter may be anything."""
+    for script in (T, train_dit):
+        monkeypatch.setattr(script, "draw_shapes", lambda n, seed, side, draw=script.draw_shapes: draw(4, seed, side))
+    rng, ends = random.Random(n), []
+    for _ in range(n):
+        state = mutated(small, kind, rng)
+        torch.save(state, tmp_path / "x.pt")
+        bounded()
+        capsys.readouterr()
+        try:
+            use(tmp_path / "x.pt")
+            ends.append("works")
+        except SystemExit as stop:
+            lines = capsys.readouterr().err.splitlines()
+            assert stop.code == 2 and len([x for x in lines if x.startswith("error: ")]) == 1, (state, lines)
+            ends.append("refused")
+    assert ends.count("refused") > n / 4 and ends.count("works") > n / 20, ends
+
+
+def test_one_graph_for_all_blocks(small, tmp_path, monkeypatch):
+    """What is compiled is compiled once: for whole pieces, of all blocks and checkpoints; the rest runs as it is."""
+    monkeypatch.setattr(sample, "BLOCK", 4)
+    rf, steps = small[1] | {"args": small[1]["args"] | {"model": "rf", "cl_t": 0.06}}, {"steps": 2}
+    for state, options in ((small[0], steps), (small[1], steps), (rf, {}), (small[2], steps | {"batch": 2})):
+        models, counter = [], CompileCounter()
+        torch._dynamo.reset()
+        for i in range(2):
+            torch.save(state, tmp_path / f"{i}.pt")
+            models.append(sample.load_checkpoint(tmp_path / f"{i}.pt"))
+            models[-1].net.to(memory_format=torch.channels_last)  # as on a GPU
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+            compiled = [list(sample.generate(model, 11, compile=True, **options)) for model in models]
+        assert counter.frame_count == 1 and counter.op_count > 10
+        for (_, a, _), (_, b, _) in zip(sample.generate(models[0], 11, **options), compiled[1], strict=True):
+            assert (a.int() - b.int()).abs().max() <= 1
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", None)
+    assert len(list(sample.generate(models[0], 4 * 9, steps=1))) == 9  # a CPU compiles when it is told to
+
+
+def test_amp(tmp_path):
+    """--amp bf16 changes the images, by little."""
+    model = sample.load_checkpoint(checkpoint(tmp_path / "a.pt"))
+    (_, a, _), = sample.generate(model, 4, steps=3)
+    (_, b, _), = sample.generate(model, 4, steps=3, amp=torch.bfloat16)
+    gap = (a.int() - b.int()).abs().float()
+    assert 0 < gap.mean() < 1 and gap.max() < 12
+
+
+def test_mistakes_show_before_the_first_image(tmp_path, capsys, monkeypatch):
+    """Those about the second checkpoint or its flags, and places that cannot be written."""
+    path, other = checkpoint(tmp_path / "a.pt"), conditional(tmp_path / "b.pt")
+    monkeypatch.setattr(T.EDM, "sample", lambda self, net, noise, steps=18, y=None: pytest.fail("sampled"))
+    out = tmp_path / "rows.png"
+    assert "none.pt does not exist" in error_of(capsys, run, path, tmp_path / "none.pt", "--out", out)
+    assert f"{path} is unconditional" in error_of(capsys, run, other, path, "--labels", "3", "--out", out)
+    assert "--cfg" in error_of(capsys, run, path, other, "--cfg", "2", "--out", out)
+    assert "--vae" in error_of(capsys, run, path, other, "--vae", "x.pt", "--out", out)
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for bad in ("dir.png", "file", "file/a.png", "file/folder"):
+        assert str(tmp_path / bad.split("/")[0]) in error_of(capsys, run, path, "--out", tmp_path / bad)
+    assert not out.exists()
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """One line, as for every file that cannot be written."""
+    path, limits = checkpoint(tmp_path / "a.pt"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("a.npz", "a.png", "folder"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        try:
+            assert "File too large" in error_of(capsys, run, path, "--n", "2", "--steps", "1", "--out", tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_old_folder_is_not_mixed(tmp_path, capsys):
@@ -207,4 +408,4 @@ def test_an_old_folder_is_not_mixed(tmp_path, capsys):
     (tmp_path / "png/old.png").touch()
     with pytest.raises(SystemExit) as stop:
         run(ckpt, "--out", tmp_path / "png")
-    assert stop.value.code == 2 and "give a new folder" in capsys.readouterr().err
+    assert stop.value.code == 2 and "File exists" in capsys.readouterr().err
