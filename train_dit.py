@@ -1,11 +1,11 @@
 """Train a DiT that generates and represents: DDAE++ on VA-VAE latents or on pixels, in one file.
 
-[P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al. 2023, arXiv:2303.09769
-[DiT]  Peebles and Xie 2022, arXiv:2212.09748   [RoPE] Su et al. 2021, arXiv:2104.09864
-[LDiT] Yao et al. 2025, LightningDiT and VA-VAE, arXiv:2501.01423   [KL] Rombach et al. 2021, arXiv:2112.10752
-[RF]   Liu et al. 2022, arXiv:2209.03003   [SD3]  Esser et al. 2024, arXiv:2403.03206
-[CFG]  Ho and Salimans 2022, arXiv:2207.12598   [Int] Kynkaanniemi et al. 2024, arXiv:2404.07724
-[MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
+[P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al., 2303.09769
+[DiT]  Peebles and Xie, 2212.09748   [RoPE] Su et al., 2104.09864
+[LDiT] Yao et al. LightningDiT and VA-VAE, 2501.01423   [KL] Rombach et al., 2112.10752
+[RF]   Liu et al., 2209.03003   [SD3]  Esser et al., 2403.03206
+[CFG]  Ho and Salimans, 2207.12598   [Int] Kynkaanniemi et al., 2404.07724
+[MoCo] Chen et al. 2021, MoCo v3, 2104.02057
 
     python train_dit.py --dataset shapes --size tiny --cond --self-cond  # on pixels, on a laptop
     torchrun --nproc_per_node=8 train_dit.py --dataset imagenet100 --data ROOT --vae vavae.pt --cache-latents LATENTS \\
@@ -35,6 +35,8 @@ from datetime import timedelta
 from glob import glob
 from pathlib import Path
 
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # wrong gradients: pytorch #190796, #193061
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -54,7 +56,7 @@ PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0
          "cl_hidden": 4096}  # [MoCo]'s for ViTs
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}  # ours
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64, latents 256
-ADDED = ("self_cond.",)  # what [P] adds to the network: public weights lack it
+ADDED = ("self_cond.",)  # public weights lack what [P] adds
 # flags that may be others on --resume
 FREE = "data out epochs accum save_every max_steps device compile resume init vae cache_latents latents".split()
 LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl, seconds between saves
@@ -196,7 +198,7 @@ class DiT(nn.Module):
         e = e_t = self.t_embedder(t)  # (B, D)
         if self.classes:
             y = torch.full_like(t, -1, dtype=torch.long) if y is None else y
-            e = e + self.y_embedder(torch.where(y < 0, self.classes, y))
+            e = e + self.y_embedder(y.masked_fill(y < 0, self.classes))
         h = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D), patches row by row
         feat = None
         for name, block in zip(self.layers, self.blocks, strict=True):
@@ -371,9 +373,9 @@ def draw_shapes(n, seed, side):
 
 def open_image(path):
     """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
-    with told(f"{path} is no image that Pillow reads, or a strip: take it out"):
+    with told(f"{path} is not an image that Pillow reads, or too large or too long"):
         with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > 100 * min(image.size):
+            if max(image.size) >= 100 * min(image.size) or math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(image.size)
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits
@@ -409,7 +411,7 @@ def list_images(root, split):
                      for file in sorted(glob("**", root_dir=folder / name, recursive=True))]  # fmt: skip
         pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
         if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
-            raise ValueError(f"{len(classes)} and {len(there)} classes, {len(pairs)} images")
+            raise ValueError(f"{len(pairs)} images found")
     return pairs, classes
 
 
@@ -625,7 +627,7 @@ def cache_latents(args):
     about = {"dataset": args.dataset, "resolution": args.resolution, "classes": found["train"][1]} | args.latents
     about["files"] = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
     vae = load_vae(args.vae, "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    with FileLock(folder / ".lock"):
+    with FileLock(Path(torch.hub.get_dir(), "latents.lock")):
         if not read_meta(args, **about):
             begin_cache(args, found, about, vae)
     mean, std = (torch.tensor(read_meta(args)[k]).view(-1, 1, 1) for k in ("mean", "std"))
@@ -711,7 +713,7 @@ def make_view(images, labels, numbers, args):
     UNSPECIFIED: two views differ in flip and noise. With --cond y (B,), a tenth of it -1, the null class. [LDiT]
     """
     uniform, _, level, noise = numbers
-    y = torch.where(uniform[:, 1] < 0.1, -1, labels) if args.cond else None
+    y = labels.masked_fill(uniform[:, 1] < 0.1, -1) if args.cond else None
     return to_x0(images, flip=uniform[:, 0] < 0.5), level, noise, y, None
 
 
@@ -829,7 +831,7 @@ def setup_distributed(device):
         torch.cuda.set_device(device)
     if rank > 0:  # what another rank fails of comes first
         sys.excepthook = lambda *error: (time.sleep(5), sys.__excepthook__(*error))
-    if world > 1:  # tensors on the host go through gloo
+    if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
 
@@ -874,7 +876,7 @@ def load_weights(net, path):
         missing, odd = net.load_state_dict(state, strict=False)
         odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
         if odd:
-            raise ValueError(f"{len(odd)} tensors are missing, odd or not finite: {odd[0]}")
+            raise ValueError(f"{len(odd)} are missing, have no place or are not finite: {odd[0]}")
 
 
 def save_run(args, parts, epoch, step, keep):
@@ -923,7 +925,7 @@ def all_finite(stats, run):
     """A step's numbers averaged over ranks; a run that has diverged ends here, before it is saved."""
     values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
-        fail(f"training diverged: take a lower --lr, and --init {run}/last.pt if there is one", status=1)
+        fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
 
 
@@ -940,7 +942,7 @@ def save_grid(args, ema, diffusion, device, epoch):
 
 
 # ---- 8. Flags ---------------------------------------------------------------------------------------
-@told("the flags, or those of the run in --out, do not fit")
+@told("--layer, --cl-t, other flags, or those of the run in --out")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -1049,7 +1051,7 @@ def resolve_flags(parser, args, defaults, name):
             fail(f"--{key.replace('_', '-')} {value} is out of range")
     if args.cl > 0 and args.batch // args.accum < 2:
         fail("--cl needs two images or more in a pass")
-    with told("--layer, --cl-t or a flag of the network", ValueError), torch.device("meta"):
+    with torch.device("meta"):
         build(args)[1].check_level(args.cl_t)
     args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
@@ -1136,11 +1138,10 @@ def main(args):
     parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
     step = load_run(last, parts) if args.resume else 0
     if args.compile or (args.compile is None and cuda):
+        torch._dynamo.config.optimize_ddp = False  # which would cut the graph into seven
         net.compile()
         average.net.encode = torch.compile(average.net.encode)
-    ddp = objective
-    if world > 1:
-        ddp = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
@@ -1157,7 +1158,7 @@ def main(args):
     objective.train()
     while step < end:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
-        #    the whole batch and keep their rows: how many they are does not matter.
+        #    the whole batch and keep their rows.
         epoch, first = divmod(step, per_epoch)
         if order is None or first == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))

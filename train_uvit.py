@@ -1,9 +1,9 @@
 """Train a U-ViT that generates and represents: DDAE++ with a [CLS] token, in one file.
 
-[P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al. 2023, arXiv:2303.09769
-[UViT] Bao et al. 2022, arXiv:2209.12152      [EDM] Karras et al. 2022, arXiv:2206.00364
-[DDPM] Ho et al. 2020, arXiv:2006.11239       [DDIM] Song et al. 2020, arXiv:2010.02502
-[MoCo] Chen et al. 2021, MoCo v3, arXiv:2104.02057
+[P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al., 2303.09769
+[UViT] Bao et al., 2209.12152      [EDM] Karras et al., 2206.00364
+[DDPM] Ho et al., 2006.11239       [DDIM] Song et al., 2010.02502
+[MoCo] Chen et al. 2021, MoCo v3, 2104.02057
 
     torchrun --nproc_per_node=4 train_uvit.py --dataset cifar100 --cls-token --cl 0.01
     python train_uvit.py --dataset shapes --size tiny --cls-token
@@ -33,6 +33,8 @@ from datetime import timedelta
 from glob import glob
 from pathlib import Path
 
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # wrong gradients: pytorch #190796, #193061
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -51,13 +53,13 @@ SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
 PAPER = {"epochs": 2000, "batch": 256, "lr": 4e-4, "warmup": 13, "ema": 0.9999, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512}  # ours, measured
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
-ADDED = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the network: public weights lack it
+ADDED = ("cls_token", "cls_pos_embed", "aug_emb.")  # public weights lack what [P] adds
 FREE = "data out epochs accum save_every max_steps device compile resume init".split()  # --resume may change these
 LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl, seconds between saves
 SUFFIXES, FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), ("PNG", "JPEG", "WEBP", "BMP")
 POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{kind} {name}" for kind in ("solid", "hollow") for name in POLYGONS]
-SYM6 = (  # low-pass taps of the 12-tap symlet [EDM] App. F.2; they sum to sqrt(2)
+SYM6 = (  # low-pass taps of the 12-tap symlet, [EDM] App. F.2
     0.0154041093, 0.00349071208, -0.117990111, -0.0483117426, 0.491055942, 0.787641141,
     0.337929422, -0.0726375228, -0.0210602925, 0.0447249018, 0.00176771186, -0.00780070833,
 )
@@ -84,11 +86,11 @@ class UViTAttention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
-        if self.masked:  # two rows anew: a mask for all is slow
-            mask = torch.eye(2, N, dtype=torch.bool, device=x.device) | (torch.arange(N, device=x.device) > 1)
-            pair = F.scaled_dot_product_attention(q[:, :, :2], k, v, attn_mask=mask)
-            h = torch.cat([pair, h[:, :, 2:]], dim=2)
+        h = F.scaled_dot_product_attention(q[:, :, 2 * self.masked :], k, v)
+        if self.masked:  # two rows of plain attention: kernels are slow with a mask, or had NaNs
+            logits = (q[:, :, :2, None].float() * k[:, :, None]).sum(4) / q.shape[3] ** 0.5  # (B, heads, 2, N)
+            p = logits.masked_fill(torch.eye(2, N, device=x.device).flip(0) > 0, -math.inf).softmax(3)
+            h = torch.cat([(p[..., None] * v[:, :, None]).sum(3).to(v.dtype), h], dim=2)
         return self.proj(h.transpose(1, 2).reshape(B, N, D))
 
 
@@ -106,7 +108,7 @@ class UViTBlock(nn.Module):
 
     def forward(self, x, skip=None):
         if self.skip_linear is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=2))  # (B, N, D)
+            x = self.skip_linear(torch.cat([x, skip], dim=2))
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -114,10 +116,8 @@ class UViTBlock(nn.Module):
 class UViT(nn.Module):
     """U-ViT: label, time, image patches as tokens, long skips, a convolution at the end. [UViT], [P]
 
-    Args:
-        resolution, patch: sides of image and patch. depth: half in, one in the middle, half out.
-        classes, aug_dim: 0 for none; aug_dim is the length of the augmentation label.
-        layer: block of the feature, in_1 .. mid .. out_n. target: "cls", or "gap", the mean of the image tokens.
+    resolution, patch: sides. classes, aug_dim (length of the augmentation label): 0 for none. layer: block of the
+    feature, in_1 .. mid .. out_n. target: "cls", or "gap", the mean of the image tokens.
     """
 
     def __init__(self, resolution, patch, width, depth, heads, classes=0, aug_dim=0, layer="out_1",
@@ -139,9 +139,9 @@ class UViT(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
         self.label_emb = nn.Embedding(classes + 1, width) if classes else None
         self.aug_emb = nn.Linear(aug_dim, width) if aug_dim else None  # the bias is its position
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None  # section 3
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None
         self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None
-        masked = cls_token and aug_dim > 0  # [P]: [CLS] and augmentation do not see each other
+        masked = cls_token and aug_dim > 0  # [P]
         blocks = [UViTBlock(width, heads, masked, skip=i > half) for i in range(depth)]
         self.in_blocks, self.mid_block = nn.ModuleList(blocks[:half]), blocks[half]
         self.out_blocks = nn.ModuleList(blocks[half + 1 :])
@@ -166,7 +166,7 @@ class UViT(nn.Module):
         tokens = [e_t[:, None], self.patch_embed(x).flatten(2).transpose(1, 2)]  # (B, 1, D), (B, L, D)
         if self.classes:
             y = torch.full((len(x),), -1, device=x.device) if y is None else y
-            tokens = [self.label_emb(torch.where(y < 0, self.classes, y))[:, None], *tokens]
+            tokens = [self.label_emb(y.masked_fill(y < 0, self.classes))[:, None], *tokens]
         tokens = [torch.cat(tokens, dim=1) + self.pos_embed]
         if self.aug_emb is not None:
             aug = x.new_zeros(len(x), self.aug_emb.in_features) if aug is None else aug
@@ -193,7 +193,7 @@ class UViT(nn.Module):
                 return None, feat, e_t
         h = self.decoder_pred(self.norm(h[:, -self.length :]))  # (B, L, 3 patch^2), channel fastest
         side, p = self.shape[1] // self.patch, self.patch
-        h = h.view(-1, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.shape)  # (B, 3, H, W)
+        h = h.view(-1, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.shape)
         return self.final_layer(h), feat, e_t
 
     def forward(self, x, t, y=None, aug=None, with_feat=False):
@@ -320,9 +320,9 @@ def draw_shapes(n, seed, side):
 
 def open_image(path):
     """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
-    with told(f"{path} is no image that Pillow reads, or a strip: take it out"):
+    with told(f"{path} is not an image that Pillow reads, or too large or too long"):
         with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > 100 * min(image.size):
+            if max(image.size) >= 100 * min(image.size) or math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(image.size)
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits
@@ -358,7 +358,7 @@ def list_images(root, split):
                      for file in sorted(glob("**", root_dir=folder / name, recursive=True))]  # fmt: skip
         pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
         if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
-            raise ValueError(f"{len(classes)} and {len(there)} classes, {len(pairs)} images")
+            raise ValueError(f"{len(pairs)} images found")
     return pairs, classes
 
 
@@ -390,7 +390,7 @@ def load_data(args, split):
             return *draw_shapes(10000 if train else 2000, 0 if train else 1, args.resolution), SHAPES
         if name not in ("cifar10", "cifar100") or args.resolution != 32:
             fail(f"--dataset {name}: no folder {root}/train; only shapes and 32-pixel CIFAR do without")
-        with told(f"no download of {name}: put its images into {root}/train/<class>/", (OSError, RuntimeError)):
+        with told(f"no download of {name}: put its images into {root}/train/<class>/"):
             stored = getattr(datasets, name.upper())(args.data, train, download=True)
     images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(stored.targets), stored.classes
@@ -421,7 +421,7 @@ def make_view(images, labels, numbers, args):
     """
     uniform, normal, level, noise = numbers
     x0, aug = to_x0(images, flip=uniform[:, 0] < 0.5), None
-    y = torch.where(uniform[:, 1] < 0.1, -1, labels) if args.cond else None
+    y = labels.masked_fill(uniform[:, 1] < 0.1, -1) if args.cond else None
     if args.aug > 0:
         params, aug = gate_augment(uniform[:, 2:], normal, args.aug)
         x0 = augment(x0, params)
@@ -601,7 +601,7 @@ def setup_distributed(device):
         torch.cuda.set_device(device)
     if rank > 0:  # what another rank fails of comes first
         sys.excepthook = lambda *error: (time.sleep(5), sys.__excepthook__(*error))
-    if world > 1:  # tensors on the host go through gloo
+    if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
 
@@ -646,7 +646,7 @@ def load_weights(net, path):
         missing, odd = net.load_state_dict(state, strict=False)
         odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
         if odd:
-            raise ValueError(f"{len(odd)} tensors are missing, odd or not finite: {odd[0]}")
+            raise ValueError(f"{len(odd)} are missing, have no place or are not finite: {odd[0]}")
 
 
 def save_run(args, parts, epoch, step, keep):
@@ -695,7 +695,7 @@ def all_finite(stats, run):
     """A step's numbers averaged over ranks; a run that has diverged ends here, before it is saved."""
     values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
-        fail(f"training diverged: take a lower --lr, and --init {run}/last.pt if there is one", status=1)
+        fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
 
 
@@ -710,13 +710,13 @@ def save_grid(args, ema, diffusion, device, epoch):
 
 
 # ---- 8. Flags ---------------------------------------------------------------------------------------
-@told("the flags, or those of the run in --out, do not fit")
+@told("--layer, --cl-t, other flags, or those of the run in --out")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=[*SIZES], default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
-    add("--cls-token", action="store_true", help="self-conditioning: a [CLS] token")
+    add("--cls-token", action="store_true", help="self-conditioning")
     add("--layer", help="in_1, .., mid, out_1, .. (default: [P] Tab. 10)")
     add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="(default: off; bare: all)")
     add = parser.add_argument_group("augmentation, contrast").add_argument
@@ -724,7 +724,7 @@ def parse_args(argv=None):
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
     add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or not (default: time)")
     add("--cl-t", type=float, metavar="LEVEL", help="level of teacher and probe (default: [P] Tab. 10)")
-    add("--cl-target", choices=["cls", "gap"], help="contrasted token: [CLS] or mean (default: cls if there)")
+    add("--cl-target", choices=["cls", "gap"], help="(default: cls with --cls-token)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
     add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="where data sets lie (default: ./data)")
@@ -760,7 +760,8 @@ def parse_args(argv=None):
 def build(args):
     """Untrained (UViT, DDPM), on the CPU."""
     net = UViT(args.resolution, args.patch, *SIZES[args.size], classes=args.cond and max(args.cond, len(args.classes)),
-               aug_dim=9 if args.aug > 0 else 0, layer=args.layer, cls_token=args.cls_token, target=args.cl_target)
+               aug_dim=9 * (args.aug > 0), layer=args.layer, cls_token=args.cls_token, target=args.cl_target)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaNs near 257 tokens: pytorch #169849, #196678
     return net, DDPM(time_scale=0.999)  # [UViT]: t in [0, 1000)
 
 
@@ -796,7 +797,7 @@ def resolve_flags(parser, args, defaults, name):
             fail(f"--{key.replace('_', '-')} {value} is out of range")
     if args.cl > 0 and args.batch // args.accum < 2:
         fail("--cl needs two images or more in a pass")
-    with told("--layer, --cl-t or a flag of the network", ValueError), torch.device("meta"):
+    with torch.device("meta"):
         build(args)[1].check_level(args.cl_t)
     args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
@@ -886,11 +887,10 @@ def main(args):
     parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
     step = load_run(last, parts) if args.resume else 0
     if args.compile or (args.compile is None and cuda):
+        torch._dynamo.config.optimize_ddp = False  # which would cut the graph into seven
         net.compile()
         average.net.encode = torch.compile(average.net.encode)
-    ddp = objective
-    if world > 1:
-        ddp = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
@@ -907,7 +907,7 @@ def main(args):
     objective.train()
     while step < end:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
-        #    the whole batch and keep their rows: how many they are does not matter.
+        #    the whole batch and keep their rows.
         epoch, first = divmod(step, per_epoch)
         if order is None or first == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))

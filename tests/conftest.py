@@ -81,7 +81,7 @@ def metrics(out):
 
 def load(out, name="last.pt"):
     """A checkpoint of a run; what last.pt holds as two modules, trained and averaged, also part by part."""
-    state = torch.load(out / name, weights_only=True)
+    state = torch.load(out / name, map_location="cpu", weights_only=True)
     parts = {"model": "objective.net.", "diffusion": "objective.diffusion.", "head": "objective.head.",
              "ema_projector": "average.head.projector."}  # fmt: skip
     for part, prefix in parts.items() if "objective" in state else ():

@@ -515,7 +515,7 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
             train(tmp_path / "b", *pictures[1], "--cache-latents", str(begun), *wrong, "--max-steps", "1")
         assert stop.value.code == 2 and says in capsys.readouterr().err
     lines = train(tmp_path / "c", "--dataset", "pics", "--data", str(tmp_path), *folder, "--cond")
-    assert len(lines) == 1 and load(tmp_path / "c")["args"]["classes"] == 2
+    assert len(lines) == 1 and load(tmp_path / "c")["args"]["classes"] == ["a", "b"]
     for wrong, says in ((["--dataset", "other"], "dataset pics"), (["--resolution", "64"], "resolution 32")):
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "d", "--dataset", "pics", *folder, *wrong)

@@ -142,7 +142,7 @@ def test_wrong_weights(capsys, tmp_path):
     path = tmp_path / "weights.pth"
     assert "does not exist" in error_of(capsys, fid.load_inception, path, "cpu")
     path.write_text("not a checkpoint")
-    assert "damaged" in error_of(capsys, fid.load_inception, path, "cpu")
+    assert "cannot be read" in error_of(capsys, fid.load_inception, path, "cpu")
     torch.save({"conv.weight": torch.zeros(1)}, path)
     assert "another network" in error_of(capsys, fid.load_inception, path, "cpu")
 
@@ -328,7 +328,7 @@ def test_every_kind_of_image(tmp_path):
         exif[0x0112] = orientation
         Image.fromarray(pixels).save(path, exif=exif)
         check(want)
-    for mode, suffix in (("1", "png"), ("L", "gif"), ("CMYK", "jpeg"), ("RGB", "bmp"), ("RGB", "webp")):
+    for mode, suffix in (("1", "png"), ("CMYK", "jpeg"), ("RGB", "bmp"), ("RGB", "webp")):
         grey = Image.new("L", (4, 6), 255).convert(mode)
         grey.save(path, format=suffix)
         check(np.full((6, 4, 3), 255))
@@ -342,16 +342,15 @@ def test_what_is_no_image(tmp_path, capsys):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, of bombs
             assert "too large or too long" in error_of(capsys, fid.open_image, path)
-    os.mkfifo(tmp_path / "pipe.png")
-    for bad in (tmp_path, tmp_path / "none.png", tmp_path / "pipe.png"):
+    for bad in (tmp_path, tmp_path / "none.png"):
         assert "not an image" in error_of(capsys, fid.open_image, bad)
     Image.new("RGB", (4, 6)).save(path, format="PPM")  # few formats: for some, Pillow starts other programs
     assert "not an image" in error_of(capsys, fid.open_image, path)
     ends = []
-    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF"):
+    for kind in ("PNG", "JPEG", "WEBP", "BMP"):
         exif = Image.Exif()
         exif[0x0112] = 6
-        Image.fromarray(random_images(1)[0]).save(path, format=kind, **{} if kind in ("BMP", "GIF") else {"exif": exif})
+        Image.fromarray(random_images(1)[0]).save(path, format=kind, **{} if kind == "BMP" else {"exif": exif})
         whole = path.read_bytes()
         for i in range(40):
             data = bytearray(whole[: rng.randrange(1, len(whole))] if i % 4 == 0 else whole)
@@ -364,7 +363,7 @@ def test_what_is_no_image(tmp_path, capsys):
                     ends.append(fid.open_image(path).mode)
             except SystemExit as stop:
                 ends.append(stop.code)
-    assert set(ends) == {"RGB", 2} and 20 < ends.count(2) < 180
+    assert set(ends) == {"RGB", 2} and 20 < ends.count(2) < 150
     capsys.readouterr()
 
 

@@ -165,9 +165,9 @@ class Watch:
             look(y, aug)
             return forward(x, t, y, aug, *args, **kwargs)
 
-        def watch_features(net, x0, level, noise, y=None, pool="gap"):
+        def watch_features(net, x0, level, noise, y=None, pool="gap", last=None):
             look(y)
-            feats = features(net, x0, level, noise, y, pool)
+            feats = features(net, x0, level, noise, y, pool, last)
             if noise.any():  # a look at the layers' widths goes without
                 read = {"x0": plain(x0), "noise": plain(noise), "level": level, "step": len(self.steps)}
                 self.reads.append(SimpleNamespace(**read, feats={k: plain(v) for k, v in feats.items()}))

@@ -38,7 +38,7 @@ def checkpoint(path, model="edm", seed=0):
 
 def conditional(path):
     """An untrained class-conditional network of ten classes."""
-    args = train_uvit.parse_args(["--dataset", "shapes", "--size", "tiny", "--cond"])
+    args = train_uvit.parse_args(["--dataset", "shapes", "--size", "tiny", "--cond", "10"])
     net, _ = train_uvit.build(args)
     torch.save({"script": "train_uvit", "args": vars(args), "ema": net.state_dict(), "epoch": 3, "step": 9}, path)
     return path
@@ -213,14 +213,14 @@ def test_no_checkpoint(kind, says, tmp_path, capsys, bounded):
         assert torch.load(tmp_path / "y.pt", weights_only=True)["epoch"] == 3
         os.replace(tmp_path / "y.pt", path)
     if kind in ("repeated", "large", "latents"):
-        args = train_dit.parse_args(["--dataset", "shapes", "--size", "tiny", "--cond"])
+        args = train_dit.parse_args(["--dataset", "shapes", "--size", "tiny", "--cond", "10"])
         if kind == "latents":
             args.cache_latents, args.vae, args.latents = "none", "none.pt", {"mean": [0.0] * 3, "std": [], "vae": "ab"}
             args.resolution *= 16
         ema, name = train_dit.build(args)[0].state_dict(), "y_embedder.embedding_table.weight"
         if kind == "repeated":  # one row of the table stands for 100 million: 25 GB in 2 MB
             ema[name] = ema[name][:1].clone().expand(10**8 + 1, -1)
-        args.classes = 10 if kind == "latents" else 10**8
+        args.cond = 10 if kind == "latents" else 10**8
         state |= {"script": "train_dit", "args": vars(args), "ema": ema}
     if kind == "script":
         state["script"] = "os"
@@ -308,7 +308,7 @@ def mutated(states, kind, rng):
 
 
 @torch.no_grad()
-@sample.plain_errors()
+@sample.told("stopped", (OSError, MemoryError))
 def use(path):
     """Load a checkpoint and read what the tools read of it; a step of the sampler, features and data."""
     model = sample.load_checkpoint(path)

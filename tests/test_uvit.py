@@ -300,7 +300,7 @@ def test_tools_take_it_through_the_seam(tmp_path, capsys, monkeypatch):
         found[pool] = probe.main(probe.parse_args([*flags, "--subset", "64", "--batch", "32"]))[0]
         cells = found[pool]["cells"]
         assert [c["layer"] for c in cells] == ["in_1", "in_2", "mid", "out_1", "out_2"]
-    assert found["cls"]["protocol"]["pool"] == "cls"
+    assert found["cls"]["pools"] == ["cls"]
 
 
 def test_labels_of_samples():
