@@ -39,7 +39,7 @@ from torchvision.models import inception
 from tqdm import tqdm
 
 import train_unet
-from sample import add_sampling_flags, generate, load_checkpoint, sampling
+from sample import TROUBLE, add_sampling_flags, generate, load_checkpoint, sampling
 from train_unet import fail, open_image, read_checkpoint, setup_distributed, told
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -115,7 +115,7 @@ def load_inception(path, device, rank=0):
     net = Inception()
     if path is None:
         try:
-            with FileLock(Path(torch.hub.get_dir(), "inception.lock")):  # one rank downloads
+            with FileLock(Path(torch.hub.get_dir(), "inception.lock")):  # one downloads, the others wait
                 state = torch.hub.load_state_dict_from_url(
                     WEIGHTS_URL, map_location="cpu", progress=rank == 0, check_hash=True, weights_only=True
                 )
@@ -393,7 +393,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-@told("stopped", (OSError, MemoryError, torch.OutOfMemoryError))
+@told("stopped", TROUBLE)
 def main(args):
     """Score the samples. Rank 0 prints and writes; the number, of several the lowest, comes last on stdout."""
     sampling(args)  # its checks

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from train_unet import fail, read_checkpoint, setup_distributed, told
 
+TROUBLE = OSError, MemoryError, torch.OutOfMemoryError  # what a tool tells in one line
 SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # the only code that a checkpoint may name
 BLOCK = 256  # images that are solved as one ODE: RK45 picks its steps for all of them, so this is fixed
 TILE, MOST_COLUMNS = 64, 20  # pictures: least side of a tile; with more classes a class has no column
@@ -65,10 +66,11 @@ def load_checkpoint(path, device="cpu"):
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     if not path.is_file():  # a pipe would be waited for
         fail(f"{path} does not exist, or is no file: give the last.pt or epoch_*.pt of a run")
-    try:  # a file may hold anything, and so may what that raises
-        with zipfile.ZipFile(path) as file:  # torch.load would inflate what is packed, and looks at no checksum
-            intact = not any(record.compress_type for record in file.infolist()) and not file.testzip()
-        state = read_checkpoint(path) if intact else None
+    with told(f"{path} is damaged, or no checkpoint of a run's network"):  # a file may hold anything
+        with zipfile.ZipFile(path) as file:
+            if any(record.compress_type for record in file.infolist()):
+                raise ValueError("packed")  # torch.load would inflate it
+        state = read_checkpoint(path)
         if not isinstance(state, dict) or state.get("script") not in SCRIPTS:
             raise ValueError(f"none of {', '.join(SCRIPTS)} wrote this")
         script = importlib.import_module(state["script"])
@@ -85,8 +87,6 @@ def load_checkpoint(path, device="cpu"):
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
         net.to(device, memory_format=layout).eval().requires_grad_(False)
         return Model(path, script, args, net, diffusion.to(device).eval(), int(state["epoch"]), int(state["step"]))
-    except Exception as error:
-        fail(f"{path} is damaged, or no checkpoint of a run's network: {' '.join(str(error).split())[:200]}")
 
 
 def class_labels(indices, classes, labels, seed):
@@ -114,11 +114,10 @@ def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compil
         fail(f"{model.path} is unconditional: drop --cfg, --cfg-interval and the numbers of --labels")
     if isinstance(labels, list) and max(labels) >= classes:
         fail(f"--labels: the classes of {model.path} are 0 to {classes - 1}")
-    decode, piece = model.script.to_uint8, min(batch, BLOCK)
-    if hasattr(model.script, "decoder"):
-        decode = model.script.decoder(model.args, device, vae)
-    elif vae:
-        fail(f"--vae: {model.path} works on pixels, drop it")
+    if vae and not model.args.cache_latents:
+        fail(f"--vae {vae}: {model.path} works on pixels, drop it")
+    decoder, piece = getattr(model.script, "decoder", None), min(batch, BLOCK)
+    decode = decoder(model.args, device, vae) if decoder else model.script.to_uint8
     compile = n > 8 * BLOCK and device.type == "cuda" if compile is None else compile
     compiled = torch.compile(model.net, dynamic=False) if compile else model.net
 
@@ -200,7 +199,7 @@ def parse_args(argv=None):
     return args
 
 
-@told("stopped", (OSError, MemoryError, torch.OutOfMemoryError))
+@told("stopped", TROUBLE)
 def main(args):
     """Sample every checkpoint and write the pictures."""
     options = sampling(args)

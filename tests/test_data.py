@@ -80,7 +80,7 @@ def test_tiny_imagenet_layout(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("unknown", "no folder"), ("empty", "fish"), ("text", "no image"), ("no-test", "test/ or val/"),
+    [("unknown", "no folder"), ("empty", "fish"), ("text", "not an image"), ("no-test", "test/ or val/"),
      ("class-more", "same classes"), ("class-less", "same classes")],
 )  # fmt: skip
 def test_mistakes(kind, says, tmp_path, capsys):

@@ -44,7 +44,7 @@ def small(name):
     if name == "train_unet":
         module.BACKBONES["tiny"]["mult"] = (1, 1, 1)
     else:
-        module.SIZES["tiny"] = (32, 6, 2) if name == "train_dit" else {"width": 32, "depth": 5, "heads": 2}
+        module.SIZES["tiny"] = (32, 6, 2) if name == "train_dit" else (32, 5, 2)
     return module
 
 
