@@ -373,9 +373,10 @@ def draw_shapes(n, seed, side):
 
 def open_image(path):
     """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
-    with told(f"{path} is not an image that Pillow reads, or too large or too long"):
+    with told(f"{path} is not an image that Pillow reads, or too large"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) >= 100 * min(image.size) or math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
+            if max(image.size) >= 100 * min(image.size):
                 raise ValueError(image.size)
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits
@@ -408,7 +409,7 @@ def list_images(root, split):
             folder = root / "val"
         else:
             pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ["."])
-                     for file in sorted(glob("**", root_dir=folder / name, recursive=True))]  # fmt: skip
+                     for file in sorted(glob("**", root_dir=folder / name, recursive=True))]
         pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
         if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
             raise ValueError(f"{len(pairs)} images found")
@@ -426,10 +427,10 @@ def read_folder(root, split, resolution):
         folder.mkdir(parents=True, exist_ok=True)
         with open(f"{cache}.tmp", "wb") as file, ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
-            for image in tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img"):
+            for image in tqdm(decoded, f"reading {root.name}/{split}", len(pairs), leave=False):
                 file.write(image.tobytes())
         os.replace(f"{cache}.tmp", cache)
-    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)  # mapped: ranks share it
+    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)
     return images.view(shape), torch.tensor([label for _, label in pairs]), classes
 
 
@@ -536,14 +537,11 @@ class VAE(nn.Module):
 def load_vae(path, device):
     """The VA-VAE of a public file, frozen, in eval mode."""
     state = read_checkpoint(path)
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest trained it
-    state = {k: v for k, v in state.items() if k.startswith(parts)}
-    try:
+    with told(f"--vae {path} is no VA-VAE"):
+        state = {k: v for k, v in state.get("state_dict", state).items() if k.startswith(parts)}
         vae = VAE(state["encoder.conv_in.weight"].shape[0], state["post_quant_conv.weight"].shape[0])
         vae.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        fail(f"--vae {path} is no VA-VAE: {' '.join(str(error).split())[:120]}")
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -572,12 +570,10 @@ def read_meta(args, **wanted):
     path = Path(args.cache_latents, "meta.json")
     if not path.is_file():
         return None
-    try:
+    with told(f"{path} is damaged: delete the folder, or take another --cache-latents"):
         meta = json.loads(path.read_text())
         names = ("classes", "vae", "mean", "std", *wanted)
         other = [f"{k} {meta[k]}" for k in names if meta[k] != wanted.get(k, meta[k])]
-    except (ValueError, LookupError):
-        fail(f"{path} is damaged: delete the folder, or take another --cache-latents")
     if other:
         fail(f"{path.parent} was made with another {other[0][:60]}: give that, or take another --cache-latents")
     return meta
@@ -635,7 +631,8 @@ def cache_latents(args):
         final, part, done = (folder / f"{split}{kind}.npy" for kind in ("", ".part", ".done"))
         if final.is_file():
             continue
-        latents, finished = (np.lib.format.open_memmap(path, "r+") for path in (part, done))
+        with told(f"{folder} is damaged: take another --cache-latents, or delete the folder"):
+            latents, finished = (np.lib.format.open_memmap(path, "r+") for path in (part, done))
         todo = [b for b in range(rank, len(finished), world) if not finished[b]]
         for b in tqdm(todo, f"encoding {split}", unit="block", disable=rank > 0):
             rows = slice(b * BLOCK, (b + 1) * BLOCK)
@@ -657,15 +654,16 @@ def cache_latents(args):
 def load_latents(args, split):
     """load_data from --cache-latents; what is not finished there is made first."""
     folder = Path(args.cache_latents)
-    try:
-        if not all((folder / f"{name}.npy").is_file() for name in ("train", "test")):
-            cache_latents(args)
+    if not all((folder / f"{name}.npy").is_file() for name in ("train", "test")):
+        cache_latents(args)
+    with told(f"{folder} is damaged: take another --cache-latents, or delete the folder"):
         meta = read_meta(args, dataset=args.dataset, resolution=args.resolution, **args.latents) or {}
         args.latents = {k: meta[k] for k in ("vae", "mean", "std")}  # for build and decoder
         latents = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # read when indexed
-        return latents, torch.from_numpy(np.load(folder / f"{split}.labels.npy")), meta["classes"]
-    except (OSError, ValueError, LookupError) as error:
-        fail(f"{folder} is damaged ({error}): take another --cache-latents, or delete the folder")
+        labels = torch.from_numpy(np.load(folder / f"{split}.labels.npy"))
+        if latents.shape[:3] != (len(labels), 2, len(meta["mean"])):
+            raise ValueError(f"{tuple(latents.shape)} latents, {len(labels)} labels")
+        return latents, labels, meta["classes"]
 
 
 def to_x0(images, flip=None):
@@ -690,9 +688,9 @@ def decoder(args, device, vae=None):
         return to_uint8 if vae is None else fail(f"--vae {vae}: the checkpoint works on pixels, drop it")
     if path is None or "mean" not in args.latents:
         fail("the checkpoint works on latents: give --vae FILE, and where it came from public weights --latent-stats")
-    net, (mean, std) = load_vae(path, device), (torch.tensor(args.latents[k], device=device) for k in ("mean", "std"))
-    if vae_hash(path) != args.latents["vae"]:
+    if vae_hash(path) != args.latents.get("vae"):
         fail(f"--vae {path} is not the file that the latents were made with")
+    net, (mean, std) = load_vae(path, device), (torch.tensor(args.latents[k], device=device) for k in ("mean", "std"))
 
     def decode(x0):  # in pieces: pixels need room
         return torch.cat([to_uint8(net.decode(x * std.view(-1, 1, 1) + mean.view(-1, 1, 1))) for x in x0.split(16)])
@@ -902,7 +900,7 @@ def load_run(path, parts):
 
 
 def claim(out):
-    """Lock the folder of a run; the lock dies with its process. Clears what a killed job left."""
+    """Lock the folder of a run; it dies with its process. Clears what a killed job left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
     with told(f"--out {out}: another job is writing there", Timeout):
         lock.acquire()
@@ -915,10 +913,11 @@ def start_run(args, net, step, about):
     """Say what is trained; args.json; metrics.jsonl up to step."""
     print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
     Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
-    metrics = Path(args.out, "metrics.jsonl")
+    metrics, tmp = (Path(args.out, f"metrics.{end}") for end in ("jsonl", "tmp"))
     first = json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__} | about).encode()
     lines = metrics.read_bytes().splitlines() if step and metrics.is_file() else [first]
-    metrics.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
+    tmp.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
+    os.replace(tmp, metrics)
 
 
 def all_finite(stats, run):
@@ -959,7 +958,7 @@ def parse_args(argv=None):
     add("--cl-t", type=float, metavar="LEVEL", help="time of the teacher and of probe.py (default: 0.25; pixels 0.06)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
-    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="where data sets lie (default: ./data)")
+    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="of data sets (default: ./data)")
     add("--resolution", type=int, help="of images (default: shapes 16, CIFAR 32, folders 64, for latents 256)")
     add("--cache-latents", metavar="DIR", type=os.path.abspath, help="train on latents; --vae first puts them there")
     add("--vae", metavar="FILE", type=os.path.abspath, help="VA-VAE f16d32, to make latents and sample grids")
@@ -974,9 +973,9 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder (default: runs/<name from the flags>)")
+    add("--out", help="(default: runs/<from the flags>)")
     add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
-    add("--init", metavar="FILE", help="weights to start from, official names")
+    add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth; imagenet 20)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -1025,12 +1024,13 @@ def read_flags(parser, argv):
     parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
-        run = read_checkpoint(Path(args.out, "last.pt"))["args"]
+        run = read_checkpoint(Path(args.out, "last.pt")).get("args")
+        run = {k: v for k, v in run.items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
-                fail(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+                fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
     return args
 
 

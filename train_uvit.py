@@ -47,7 +47,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-# width, depth, heads. S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours, for a CPU
+# width, depth, heads. S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours
 SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
 # [P] Tab. 11, EMA Tab. 8; head: [MoCo]'s for ViTs
 PAPER = {"epochs": 2000, "batch": 256, "lr": 4e-4, "warmup": 13, "ema": 0.9999, "cooldown": 0.0, "cl_hidden": 4096}
@@ -282,7 +282,7 @@ class DDPM(Formulation):
         return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float() * self.time_scale
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error on the noise, a scalar; and (feat, e_t) of net.encode."""
+        """Mean squared error on the noise; (feat, e_t) of net.encode."""
         eps_hat, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
         return F.mse_loss(eps_hat.float(), noise), feat
 
@@ -320,9 +320,10 @@ def draw_shapes(n, seed, side):
 
 def open_image(path):
     """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
-    with told(f"{path} is not an image that Pillow reads, or too large or too long"):
+    with told(f"{path} is not an image that Pillow reads, or too large"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) >= 100 * min(image.size) or math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
+            if max(image.size) >= 100 * min(image.size):
                 raise ValueError(image.size)
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits
@@ -355,7 +356,7 @@ def list_images(root, split):
             folder = root / "val"
         else:
             pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ["."])
-                     for file in sorted(glob("**", root_dir=folder / name, recursive=True))]  # fmt: skip
+                     for file in sorted(glob("**", root_dir=folder / name, recursive=True))]
         pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
         if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
             raise ValueError(f"{len(pairs)} images found")
@@ -373,10 +374,10 @@ def read_folder(root, split, resolution):
         folder.mkdir(parents=True, exist_ok=True)
         with open(f"{cache}.tmp", "wb") as file, ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda pair: load_image(pair[0], resolution), pairs)
-            for image in tqdm(decoded, f"reading {root.name}/{split}", len(pairs), unit="img"):
+            for image in tqdm(decoded, f"reading {root.name}/{split}", len(pairs), leave=False):
                 file.write(image.tobytes())
         os.replace(f"{cache}.tmp", cache)
-    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)  # mapped: ranks share it
+    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)
     return images.view(shape), torch.tensor([label for _, label in pairs]), classes
 
 
@@ -672,7 +673,7 @@ def load_run(path, parts):
 
 
 def claim(out):
-    """Lock the folder of a run; the lock dies with its process. Clears what a killed job left."""
+    """Lock the folder of a run; it dies with its process. Clears what a killed job left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
     with told(f"--out {out}: another job is writing there", Timeout):
         lock.acquire()
@@ -685,10 +686,11 @@ def start_run(args, net, step, about):
     """Say what is trained; args.json; metrics.jsonl up to step."""
     print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, feature {args.layer}")
     Path(args.out, "args.json").write_text(json.dumps(vars(args), indent=2))
-    metrics = Path(args.out, "metrics.jsonl")
+    metrics, tmp = (Path(args.out, f"metrics.{end}") for end in ("jsonl", "tmp"))
     first = json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__} | about).encode()
     lines = metrics.read_bytes().splitlines() if step and metrics.is_file() else [first]
-    metrics.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
+    tmp.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
+    os.replace(tmp, metrics)
 
 
 def all_finite(stats, run):
@@ -727,11 +729,11 @@ def parse_args(argv=None):
     add("--cl-target", choices=["cls", "gap"], help="(default: cls with --cls-token)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
-    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="where data sets lie (default: ./data)")
+    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="of data sets (default: ./data)")
     add("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64)")
     add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
     add("--epochs", type=int, help="(default: 2000; tiny 8)")
-    add("--batch", type=int, help="total over all ranks (default: 256; tiny 16)")
+    add("--batch", type=int, help="over all ranks (default: 256; tiny 16)")
     add("--accum", type=int, default=1, help="passes per batch (default: 1)")
     add("--lr", type=float, help="after 13 epochs (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="decay per step (default: 0.9999, tiny 0.999)")
@@ -739,9 +741,9 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder (default: runs/<name from the flags>)")
+    add("--out", help="(default: runs/<from the flags>)")
     add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
-    add("--init", metavar="FILE", help="weights to start from, official names")
+    add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -771,12 +773,13 @@ def read_flags(parser, argv):
     parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
-        run = read_checkpoint(Path(args.out, "last.pt"))["args"]
+        run = read_checkpoint(Path(args.out, "last.pt")).get("args")
+        run = {k: v for k, v in run.items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
-                fail(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+                fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
     return args
 
 

@@ -341,7 +341,7 @@ def test_what_is_no_image(tmp_path, capsys):
         Image.new("1", size).save(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, of bombs
-            assert "too large or too long" in error_of(capsys, fid.open_image, path)
+            assert "too large" in error_of(capsys, fid.open_image, path)
     for bad in (tmp_path, tmp_path / "none.png"):
         assert "not an image" in error_of(capsys, fid.open_image, bad)
     Image.new("RGB", (4, 6)).save(path, format="PPM")  # few formats: for some, Pillow starts other programs

@@ -177,7 +177,9 @@ def check_equal(whole, parts):
             check_same(*({k: v for k, v in load(run, name).items() if k != "args"} for run in (a, b)), name)
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
     assert [line.pop("img_per_s") > 0 for part in lines for line in part[1:]]
-    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(0, 25, 2))
+    steps = [[line["step"] for line in part] for part in lines]
+    assert steps == [list(range(0, 25, 2))] * 2, steps
+    assert [Path(part[0]["args"].pop("data")).name for part in lines] == ["data"] * 2 and lines[0] == lines[1]
 
 
 def killed_runs(n, home):
