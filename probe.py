@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from sample import fail, load_checkpoint, setup_distributed
+from sample import TROUBLE, load_checkpoint
+from train_unet import fail, setup_distributed, told
 
 GRIDS = {  # the noise level; levels of --grid, ours, around those of [P] Tab. 10; levels of --loss
     "ddpm": ("t, step of 1000", [1, 11, 33, 66, 130, 260], [1, 10, 30, *range(100, 1001, 100)]),
@@ -247,8 +248,10 @@ def protocol_defaults(args, model, split, device):
     args.epochs = args.epochs or (15 if cifar else 30)
     args.lr = args.lr or (2e-3 if latents else 4e-3)
     args.batch = args.batch or (1440 if latents else BATCH.get(trained.get("backbone", trained.get("size")), 256))
-    if args.amp == "auto":
-        args.amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "off"
+    if args.amp == "auto":  # as in training
+        large = sum(p.numel() for p in model.net.parameters()) > 1e6
+        bf16 = large and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+        args.amp = "bf16" if (torch.cuda.is_bf16_supported(False) if device.type == "cuda" else bf16) else "off"
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     args.autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
     axis, grid, wide = GRIDS["dit" if model.script.__name__ == "train_dit" else trained["model"]]
@@ -446,7 +449,7 @@ def parse_args(argv=None):
     add("--data", help="data root, or the cache of latents; None: the training run's")
     add("--json", type=Path, metavar="FILE", help="all results; None: with --grid, --loss, several RUNs")
     add("--plot", type=Path, metavar="FILE.png", help="the picture; None: as --json")
-    add("--features", type=Path, metavar="FILE.npz", help="write features (of the last RUN, level and pool) and labels")
+    add("--features", type=Path, metavar="FILE.npz", help="write features (last RUN, level, pool) and labels")
     add("--seed", type=int, default=0, help="of order, flips and noise")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -466,18 +469,20 @@ def parse_args(argv=None):
     return args
 
 
+@told("stopped", TROUBLE)
 def main(args):
     """Probe every checkpoint, or do what the flags ask instead; returns the results."""
     for path in filter(None, [args.json, args.plot, args.features]):
         if path.is_dir() or not os.access(path if path.exists() else f"{path.parent}/", os.W_OK):
-            fail(f"cannot write {path}: name another file, in a folder that exists")
+            fail(f"cannot write {path}: name a file in a folder that exists")
     if args.curves or args.files:
-        return (plot_training if args.curves else plot_fid)(args.paths).savefig(args.plot, dpi=150)
+        with told(f"{' '.join(args.paths)}: missing, damaged or empty"):
+            return (plot_training if args.curves else plot_fid)(args.paths).savefig(args.plot, dpi=150)
     rank, world, device = setup_distributed(args.device)
-    sys.stdout = sys.stdout if rank == 0 else None  # one rank speaks
+    sys.stdout = sys.stdout if rank == 0 else None
     torch.set_float32_matmul_precision("high")
     results = []
-    if len(args.paths) > 1:  # mistakes about a later one show before the first is probed
+    if len(args.paths) > 1:  # mistakes show first
         models = (load(path, args, "cpu") for path in args.paths)
         kinds = {(m.args.model, args.dataset or m.args.dataset, m.net.shape) for m in models}
         if args.loss and len(kinds) > 1:
@@ -502,9 +507,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    mistakes = Exception if args.curves or args.files else OSError  # files may hold anything, disks be full
-    try:
-        main(args)
-    except mistakes as error:
-        fail(f"{' '.join(args.paths)}: {type(error).__name__}, {error}")
+    main(parse_args())

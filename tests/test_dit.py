@@ -478,7 +478,7 @@ def test_tools_take_latents_through_the_seam(pictures, cached, tmp_path, capsys)
     other = tmp_path / "other.pt"
     torch.save(D.VAE(32, 4).state_dict(), other)
     for wrong, says in ((["--vae", str(tmp_path / "none.pt")], "does not exist"),
-                        (["--vae", str(cached / "last.pt")], "no VA-VAE"), (["--vae", str(other)], "not the file")):
+                        (["--vae", str(cached / "last.pt")], "not the file"), (["--vae", str(other)], "not the file")):
         with pytest.raises(SystemExit) as stop:
             sample.main(sample.parse_args([str(cached), "--n", "1", "--steps", "1", *wrong]))
         assert stop.value.code == 2 and says in capsys.readouterr().err

@@ -6,9 +6,7 @@ import json
 import math
 import os
 import re
-import runpy
 import socket
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,10 +165,10 @@ def test_latents_take_the_stored_mirror_image():
         (dict(script="train_dit", model="rf", size="B", dataset="imagenet"), (30, 2e-3, 1440, "t", 0.5)),
     ],
 )
-def test_the_protocol_is_that_of_tab_11(trained, want):
+def test_the_protocol_is_that_of_tab_11(monkeypatch, trained, want):
     script, diffusion = SimpleNamespace(__name__=trained["script"]), SimpleNamespace(check_level=lambda level: None)
     args = SimpleNamespace(**trained, cl_t=7)
-    model = SimpleNamespace(args=args, script=script, diffusion=diffusion, path=Path("p"), epoch=3)
+    model = SimpleNamespace(args=args, script=script, diffusion=diffusion, path=Path("p"), epoch=3, net=nn.Identity())
     images = torch.zeros(6, 2, 4, 8, 8) if trained["script"] == "train_dit" else torch.zeros(6, 3, 8, 8)
     split = probe.Split(images, torch.zeros(6), 2, None)
 
@@ -183,6 +181,10 @@ def test_the_protocol_is_that_of_tab_11(trained, want):
     assert (args.epochs, args.lr, args.batch, head["axis"][0], args.t[-1]) == want and args.amp == "off"
     assert defaults(grid=False)[0].t == defaults(pool=["gap", "token"])[0].t == [7]
     assert len(defaults(loss=True)[0].t) >= 10 and head["dataset"] == trained["dataset"]
+    model.net = nn.Linear(1000, 1000)
+    for fast, want in ((False, "off"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast}, raising=False)
+        assert defaults()[0].amp == want and defaults(amp="off")[0].amp == "off"
     assert defaults(dataset="cifar10")[0].epochs == 15 and defaults(dataset="stl10")[0].epochs == 30
 
 
@@ -242,7 +244,7 @@ def run(tmp_path_factory):
 
 def call(*argv):
     """Run the command in this process, on the CPU and quickly."""
-    return probe.main(probe.parse_args(["--device", "cpu", "--batch", "30", "--epochs", "2", *map(str, argv)]))
+    return probe.main(probe.parse_args([*"--device cpu --amp off --batch 30 --epochs 2".split(), *map(str, argv)]))
 
 
 def is_png(path):
@@ -350,24 +352,21 @@ SCORED = {"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini"}
         ("a.json", json.dumps({"results": [SCORED, SCORED | {"epoch": "last"}]})),
     ],
 )
-def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, monkeypatch, name, text):
+def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, name, text):
     if text is not None:
         (tmp_path / name).write_text(text)
     argv = [str(tmp_path), "--curves"] if name == "metrics.jsonl" else [str(tmp_path / name)]
-    monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(probe.__file__, run_name="__main__")
+        call(*argv)
     (error,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and error.startswith(f"error: {argv[0]}"), error
+    assert stop.value.code == 2 and error.startswith(f"error: {argv[0]}: missing, damaged or empty"), error
     assert [path.name for path in tmp_path.iterdir()] == [name] * (text is not None)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
-def test_a_full_disk_is_told_in_one_line(run, capsys, monkeypatch):
-    argv = [run / "epoch_1.pt", "--json", "/dev/full", "--epochs", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, argv)])
+def test_a_full_disk_is_told_in_one_line(run, capsys):
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(probe.__file__, run_name="__main__")
+        call(run / "epoch_1.pt", "--json", "/dev/full")
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and "error: " in error and "No space left" in error, error
 
@@ -467,7 +466,7 @@ def test_edms_uncertainty_stays_out_of_the_heldout_loss(run, tmp_path):
     torch.save(state | {"epoch": 1, "step": 1}, tmp_path / "edm.pt")
     model = probe.load_checkpoint(tmp_path / "edm.pt")
     nn.init.constant_(model.diffusion.uncertainty[2].bias, 3.0)
-    flags = probe.parse_args([str(tmp_path / "edm.pt"), "--loss", "--t", "0.0020", "0.5"])
+    flags = probe.parse_args([str(tmp_path / "edm.pt"), "--loss", "--amp", "off", "--t", "0.0020", "0.5"])
     result = probe.heldout_loss(model, flags, torch.device("cpu"))
     x0 = train_unet.load_data(args, "test")[0] / 127.5 - 1
     assert result["loss"][0] == pytest.approx(1, abs=0.02)  # almost clean: c_skip x_t - x0 is the noise
