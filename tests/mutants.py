@@ -318,7 +318,7 @@ MUTANTS = {
          'load_split(model, args, "test", device)', 'load_split(model, args, "train", device)', 2),
         ("held-out loss with EDM's learned weight", "    model.diffusion.uncertainty = None", "    pass"),
         ("held-out loss: one noise for all images", "round(1e6 * level), i)", "round(1e6 * level), 0)"),
-        ("held-out loss: difference to the last", "(*earlier, result)[0][\"blocks\"]", "(*earlier, result)[-1][\"blocks\"]"),
+        ("held-out loss: difference to the last", '(*earlier, result)[0][', '(*earlier, result)[-1]['),
         ("held-out loss: spread for standard error", "ddof=1) / len(blocks) ** 0.5)", "ddof=1))"),
         ("probe's heads tested on training images",
          ".accuracy(test_feat, test.labels)",
