@@ -57,7 +57,7 @@ def table():
             mean, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
             spread = f" ({statistics.stdev(theirs):.1f})" if len(theirs) > 1 else ""
             start = "" if measure == "held-out loss" else f"{statistics.mean(theirs):.1f}{spread} "
-            cells.append(f"{start}{mean:+.2f} ± {half:.2f}")
+            cells.append(f"{start}{mean:+.2f}" + f" ± {half:.2f}" * (len(pairs) > 1))
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -100,7 +100,7 @@ def test_citations_are_defined(path):
 
 def test_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
-    sources = {p.name: p.read_text() for p in SCRIPTS}
+    sources = {p.name: p.read_text() for p in [*SCRIPTS, ROOT / "tests" / "bench.py"]}
     for name in re.findall(r"\b([a-z_]+\.py)\b", text):
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
     for flag in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)\b(?!_)", text):

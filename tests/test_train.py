@@ -75,7 +75,7 @@ def test_a_run_can_be_made_longer(tmp_path):
     first = train(tmp_path, *flags, "--epochs", "1")
     before = vars(T.parse_args(["--out", str(tmp_path), "--resume"]))
     args = T.parse_args(["--out", str(tmp_path), "--epochs", "2", "--resume"])
-    assert {k for k, v in vars(args).items() if v != before[k]} == {"epochs"}
+    assert {k for k, v in vars(args).items() if v != before[k]} == {"epochs", "warmup"}
     T.main(args)
     lines, last = metrics(tmp_path), load(tmp_path)
     assert lines[:8] == first and [line["step"] for line in lines] == list(range(1, 17)) and last["step"] == 16
