@@ -2,7 +2,7 @@
 
 [P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al., 2303.09769
 [DiT]  Peebles and Xie, 2212.09748   [RoPE] Su et al., 2104.09864
-[LDiT] Yao et al. LightningDiT and VA-VAE, 2501.01423   [KL] Rombach et al., 2112.10752
+[LDiT] Yao et al., LightningDiT and VA-VAE, 2501.01423   [KL] Rombach et al., 2112.10752
 [RF]   Liu et al., 2209.03003   [SD3]  Esser et al., 2403.03206
 [CFG]  Ho and Salimans, 2207.12598   [Int] Kynkaanniemi et al., 2404.07724
 [MoCo] Chen et al. 2021, MoCo v3, 2104.02057
