@@ -16,7 +16,7 @@ e global embedding, e_t its time part   feat pooled tokens of --layer   q, k con
 B batch   C, H, W latent or image   N tokens   D width   average: the EMA, sampled, probed, the teacher
 """
 
-# ---- 1. Imports, constants --------------------------------------------------------------------------
+# ---- 1. Imports, constants ---------------------------------------------------
 import argparse
 import contextlib
 import copy
@@ -66,7 +66,7 @@ SHAPES = [f"{kind} {name}" for kind in ("solid", "hollow") for name in POLYGONS]
 BLOCK, STATISTICS = 64, 2048  # images encoded at a time; images that give mean and std
 
 
-# ---- 2. Backbone ------------------------------------------------------------------------------------
+# ---- 2. Backbone -------------------------------------------------------------
 class DiTTime(nn.Module):
     """Sinusoid of 256 numbers, cosines first, through a two-layer MLP: time (B,) -> (B, D) float32."""
 
@@ -247,7 +247,7 @@ class DiT(nn.Module):
         return {name: pooled(h) for name, h in maps.items()}
 
 
-# ---- 3. Self-conditioning: the paper's idea ---------------------------------------------------------
+# ---- 3. Self-conditioning: the paper's idea ----------------------------------
 class SelfConditioning(nn.Module):
     """Condense the pooled feature and feed it back to the decoder. [P]
 
@@ -270,7 +270,7 @@ class SelfConditioning(nn.Module):
         return e + f if self.scale is None else e + self.scale(F.silu(e_t)) * f
 
 
-# ---- 4. Diffusion formulation -----------------------------------------------------------------------
+# ---- 4. Diffusion formulation ------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
     level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
@@ -351,7 +351,7 @@ class LatentRF(Formulation):
         return x
 
 
-# ---- 5. Data, augmentation: pixels, or VA-VAE latents kept on disk ----------------------------------
+# ---- 5. Data, augmentation: pixels, or VA-VAE latents kept on disk -----------
 def draw_shapes(n, seed, side):
     """SHAPES of random place, size, turn and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
     rng = np.random.RandomState(seed)  # a frozen stream
@@ -633,6 +633,8 @@ def cache_latents(args):
             continue
         with told(f"{folder} is damaged: take another --cache-latents, or delete the folder"):
             latents, finished = (np.lib.format.open_memmap(path, "r+") for path in (part, done))
+            if (latents.ndim, len(latents), finished.shape) != (5, len(pairs), (math.ceil(len(pairs) / BLOCK),)):
+                raise ValueError(f"{latents.shape}, {finished.shape}")
         todo = [b for b in range(rank, len(finished), world) if not finished[b]]
         for b in tqdm(todo, f"encoding {split}", unit="block", disable=rank > 0):
             rows = slice(b * BLOCK, (b + 1) * BLOCK)
@@ -661,7 +663,7 @@ def load_latents(args, split):
         args.latents = {k: meta[k] for k in ("vae", "mean", "std")}  # for build and decoder
         latents = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # read when indexed
         labels = torch.from_numpy(np.load(folder / f"{split}.labels.npy"))
-        if latents.shape[:3] != (len(labels), 2, len(meta["mean"])):
+        if latents.shape[:3] != (len(labels), 2, len(meta["mean"])) or labels.max() >= len(meta["classes"]):
             raise ValueError(f"{tuple(latents.shape)} latents, {len(labels)} labels")
         return latents, labels, meta["classes"]
 
@@ -715,7 +717,7 @@ def make_view(images, labels, numbers, args):
     return to_x0(images, flip=uniform[:, 0] < 0.5), level, noise, y, None
 
 
-# ---- 6. MoCo-v3 head --------------------------------------------------------------------------------
+# ---- 6. MoCo-v3 head ---------------------------------------------------------
 class RankMean(torch.autograd.Function):
     """Average of a tensor over ranks."""
 
@@ -801,7 +803,7 @@ def moco_loss(q, k, temperature=0.2):
     return 2 * temperature * F.cross_entropy(logits, target)
 
 
-# ---- 7. Run utilities -------------------------------------------------------------------------------
+# ---- 7. Run utilities --------------------------------------------------------
 def fail(message, status=2):
     """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
@@ -916,7 +918,7 @@ def start_run(args, net, step, about):
     metrics, tmp = (Path(args.out, f"metrics.{end}") for end in ("jsonl", "tmp"))
     first = json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__} | about).encode()
     lines = metrics.read_bytes().splitlines() if step and metrics.is_file() else [first]
-    tmp.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
+    tmp.write_bytes(b"\n".join([*lines[: 1 + step // LOG_EVERY], b""]))
     os.replace(tmp, metrics)
 
 
@@ -940,7 +942,7 @@ def save_grid(args, ema, diffusion, device, epoch):
     save_image(images / 255, Path(args.out, f"samples_{epoch:04d}.png"), nrow=side, padding=2, pad_value=1)
 
 
-# ---- 8. Flags ---------------------------------------------------------------------------------------
+# ---- 8. Flags ----------------------------------------------------------------
 @told("--layer, --cl-t, other flags, or those of the run in --out")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
@@ -958,7 +960,7 @@ def parse_args(argv=None):
     add("--cl-t", type=float, metavar="LEVEL", help="time of the teacher and of probe.py (default: 0.25; pixels 0.06)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
-    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="of data sets (default: ./data)")
+    add("--data", default="./data", metavar="ROOT", help="of data sets (default: ./data)")
     add("--resolution", type=int, help="of images (default: shapes 16, CIFAR 32, folders 64, for latents 256)")
     add("--cache-latents", metavar="DIR", type=os.path.abspath, help="train on latents; --vae first puts them there")
     add("--vae", metavar="FILE", type=os.path.abspath, help="VA-VAE f16d32, to make latents and sample grids")
@@ -1024,13 +1026,15 @@ def read_flags(parser, argv):
     parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
-        run = read_checkpoint(Path(args.out, "last.pt")).get("args")
-        run = {k: v for k, v in run.items() if k in vars(args)}
+        state = read_checkpoint(Path(args.out, "last.pt"))
+        run = {k: v for k, v in state["args"].items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
                 fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+        with torch.device("meta"):  # takes no memory
+            build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
     return args
 
 
@@ -1041,23 +1045,24 @@ def resolve_flags(parser, args, defaults, name):
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+    args.save_every = args.save_every or max(1, args.epochs // 10)
     # [P] Tab. 11; UNSPECIFIED: short runs
-    args.save_every = args.save_every or (200 if args.epochs >= 1000 else max(1, args.epochs // 10))
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))
     for key, value in vars(args).items():
         least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
         most = 1 if key in ("aug", "ema") else 1e15
-        if isinstance(value, float | int) and not least <= value <= most:
+        if key not in ("classes", "latents") and not isinstance(value, str | None) and not least <= value <= most:
             fail(f"--{key.replace('_', '-')} {value} is out of range")
     if args.cl > 0 and args.batch // args.accum < 2:
         fail("--cl needs two images or more in a pass")
     with torch.device("meta"):
         build(args)[1].check_level(args.cl_t)
+    args.data = os.path.abspath(args.data)
     args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
 
 
-# ---- 9. The loop ------------------------------------------------------------------------------------
+# ---- 9. The loop -------------------------------------------------------------
 def make_optimizer(objective, args):
     """Adam on everything that learns. [P] Tab. 11; its betas are [LDiT]'s."""
     params = [p for p in objective.parameters() if p.requires_grad]
@@ -1101,14 +1106,14 @@ def main(args):
     rank, world, device = setup_distributed(args.device)
     cuda, last = device.type == "cuda", Path(args.out, "last.pt")
     local = args.batch // (world * args.accum)  # images of one rank in one pass
-    if args.batch != local * world * args.accum:
+    if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
     _lock = claim(args.out) if rank == 0 else None  # held as long as it lives
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
     # 2. Data: on the device, unless they would fill half of it.
-    nothing = torch.empty(args.batch), torch.empty(args.batch), []
+    nothing = *torch.empty(2, 1).expand(2, args.batch), []
     images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
@@ -1156,7 +1161,7 @@ def main(args):
 
     # 4. The loop.
     objective.train()
-    while step < end:
+    while step < end and not stop:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
         #    the whole batch and keep their rows.
         epoch, first = divmod(step, per_epoch)
@@ -1215,11 +1220,11 @@ def main(args):
                 file.write(json.dumps({"step": step, "epoch": epoch, "lr": lr, **values, "img_per_s": speed}) + "\n")
         saved = time.time() if save else saved
         if save and rank == 0:
+            bar.set_description("saving, sampling")
             save_run(args, parts, epoch, step, keep)
             if keep or step == end:
                 save_grid(args, average.net, diffusion, device, epoch)
-        if stop:
-            break
+            bar.set_description()
     bar.close()
     if world > 1:
         dist.destroy_process_group()

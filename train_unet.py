@@ -13,7 +13,7 @@ e global embedding, e_t its time part   feat pooled feature of --layer   q, k co
 B batch   C, H, W image   D width   average: the EMA, sampled, probed, the teacher
 """
 
-# ---- 1. Imports, constants --------------------------------------------------------------------------
+# ---- 1. Imports, constants ---------------------------------------------------
 import argparse
 import contextlib
 import copy
@@ -79,7 +79,7 @@ SYM6 = (  # low-pass taps of the 12-tap symlet, [EDM] App. F.2
 )
 
 
-# ---- 2. Backbone ------------------------------------------------------------------------------------
+# ---- 2. Backbone -------------------------------------------------------------
 class TimeEmbedding(nn.Module):
     """Sinusoid, plus a linear map of the augmentation label, through a two-layer MLP: (B,) -> (B, 4 width)."""
 
@@ -88,8 +88,7 @@ class TimeEmbedding(nn.Module):
         self.width = width
         self.lin1 = nn.Linear(width, 4 * width)
         self.lin2 = nn.Linear(4 * width, 4 * width)
-        if aug_dim:
-            self.aug_emb = nn.Linear(aug_dim, width, bias=False)
+        self.aug_emb = nn.Linear(aug_dim, width, bias=False) if aug_dim else None
 
     def forward(self, t, aug=None):
         half = self.width // 2
@@ -233,8 +232,8 @@ class UNet(nn.Module):
 
     def run(self, x, t, y, aug, stop=None, maps=None):
         """Down, middle, up: (prediction, feat, e_t). stop: the last block to run. maps: a dict for their outputs."""
-        if x.shape[1:] != self.shape or y is not None:
-            raise ValueError(f"x must be (B, {', '.join(map(str, self.shape))}) and y None, got {tuple(x.shape)}, {y}")
+        if x.shape[1:] != self.shape or y is not None or aug is not None and self.time_emb.aug_emb is None:
+            raise ValueError(f"x must be (B, *{self.shape}), not {tuple(x.shape)}; y None; no aug without aug_dim")
         e_t = self.time_emb(t)  # (B, 4 width)
         e = e_t if aug is None else self.time_emb(t, aug)
         skips = [self.image_proj(x)]
@@ -282,7 +281,7 @@ class UNet(nn.Module):
         return {name: h.float().mean(dim=(2, 3)) for name, h in maps.items()}
 
 
-# ---- 3. Self-conditioning: the paper's idea ---------------------------------------------------------
+# ---- 3. Self-conditioning: the paper's idea ----------------------------------
 class SelfConditioning(nn.Module):
     """Condense the pooled feature and feed it back to the decoder. [P]
 
@@ -305,7 +304,7 @@ class SelfConditioning(nn.Module):
         return e + f if self.scale is None else e + self.scale(F.silu(e_t)) * f
 
 
-# ---- 4. Diffusion formulation -----------------------------------------------------------------------
+# ---- 4. Diffusion formulation ------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
     level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
@@ -489,7 +488,7 @@ class RF(Formulation):
         return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
 
 
-# ---- 5. Data, augmentation --------------------------------------------------------------------------
+# ---- 5. Data, augmentation ---------------------------------------------------
 def draw_shapes(n, seed, side):
     """SHAPES of random place, size, turn and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
     rng = np.random.RandomState(seed)  # a frozen stream
@@ -678,7 +677,7 @@ def augment_filters(S, device):
     return up.to(device), down.to(device)
 
 
-# ---- 6. MoCo-v3 head --------------------------------------------------------------------------------
+# ---- 6. MoCo-v3 head ---------------------------------------------------------
 class RankMean(torch.autograd.Function):
     """Average of a tensor over ranks."""
 
@@ -764,7 +763,7 @@ def moco_loss(q, k, temperature=0.2):
     return 2 * temperature * F.cross_entropy(logits, target)
 
 
-# ---- 7. Run utilities -------------------------------------------------------------------------------
+# ---- 7. Run utilities --------------------------------------------------------
 def fail(message, status=2):
     """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
@@ -879,7 +878,7 @@ def start_run(args, net, step, about):
     metrics, tmp = (Path(args.out, f"metrics.{end}") for end in ("jsonl", "tmp"))
     first = json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__} | about).encode()
     lines = metrics.read_bytes().splitlines() if step and metrics.is_file() else [first]
-    tmp.write_bytes(b"".join(line + b"\n" for line in lines[: 1 + step // LOG_EVERY]))
+    tmp.write_bytes(b"\n".join([*lines[: 1 + step // LOG_EVERY], b""]))
     os.replace(tmp, metrics)
 
 
@@ -901,24 +900,23 @@ def save_grid(args, ema, diffusion, device, epoch):
     save_image(images / 255, Path(args.out, f"samples_{epoch:04d}.png"), nrow=side, padding=2, pad_value=1)
 
 
-# ---- 8. Flags ---------------------------------------------------------------------------------------
+# ---- 8. Flags ----------------------------------------------------------------
 @told("--layer, --cl-t, other flags, or those of the run in --out")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("model, augmentation, contrast").add_argument
     add("--model", choices=["ddpm", "edm", "rf"], default="ddpm", help="formulation (default: ddpm)")
     add("--backbone", choices=[*BACKBONES], default="ddpm", help="35.7 M, 56.5 M or 1.7 M parameters (default: ddpm)")
     add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive", help="(default: off; bare: adaptive)")
     add("--layer", help="decoder block of the feature, out_1, out_2, .. (default: [P] Tab. 10)")
-    add = parser.add_argument_group("augmentation, contrast").add_argument
     add("--aug", type=float, metavar="P", help="probability of each transform (default: 0; 0.12 with --cl)")
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
     add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or not (default: time)")
     add("--cl-t", type=float, metavar="LEVEL", help="level of teacher and probe (default: [P] Tab. 10)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
-    add("--data", default="./data", metavar="ROOT", type=os.path.abspath, help="of data sets (default: ./data)")
+    add("--data", default="./data", metavar="ROOT", help="of data sets (default: ./data)")
     add("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64)")
     add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
     add("--epochs", type=int, help="(default: 2000; tiny 5)")
@@ -965,13 +963,15 @@ def read_flags(parser, argv):
     parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
-        run = read_checkpoint(Path(args.out, "last.pt")).get("args")
-        run = {k: v for k, v in run.items() if k in vars(args)}
+        state = read_checkpoint(Path(args.out, "last.pt"))
+        run = {k: v for k, v in state["args"].items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
                 fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
+        with torch.device("meta"):  # takes no memory
+            build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
     return args
 
 
@@ -982,23 +982,24 @@ def resolve_flags(parser, args, defaults, name):
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+    args.save_every = args.save_every or max(1, args.epochs // 10)
     # [P] Tab. 11; UNSPECIFIED: short runs
-    args.save_every = args.save_every or (200 if args.epochs >= 1000 else max(1, args.epochs // 10))
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))
     for key, value in vars(args).items():
         least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
         most = 1 if key in ("aug", "ema") else 1e15
-        if isinstance(value, float | int) and not least <= value <= most:
+        if key not in ("classes", "latents") and not isinstance(value, str | None) and not least <= value <= most:
             fail(f"--{key.replace('_', '-')} {value} is out of range")
     if args.cl > 0 and args.batch // args.accum < 2:
         fail("--cl needs two images or more in a pass")
     with torch.device("meta"):
         build(args)[1].check_level(args.cl_t)
+    args.data = os.path.abspath(args.data)
     args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
 
 
-# ---- 9. The loop ------------------------------------------------------------------------------------
+# ---- 9. The loop -------------------------------------------------------------
 def make_optimizer(objective, args):
     """Adam on everything. [P] Tab. 11"""
     return torch.optim.Adam(objective.parameters(), lr=args.lr, fused=True)
@@ -1041,14 +1042,14 @@ def main(args):
     rank, world, device = setup_distributed(args.device)
     cuda, last = device.type == "cuda", Path(args.out, "last.pt")
     local = args.batch // (world * args.accum)  # images of one rank in one pass
-    if args.batch != local * world * args.accum:
+    if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
     _lock = claim(args.out) if rank == 0 else None  # held as long as it lives
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
     # 2. Data: on the device, unless they would fill half of it.
-    nothing = torch.empty(args.batch), torch.empty(args.batch), []
+    nothing = *torch.empty(2, 1).expand(2, args.batch), []
     images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
@@ -1096,7 +1097,7 @@ def main(args):
 
     # 4. The loop.
     objective.train()
-    while step < end:
+    while step < end and not stop:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
         #    the whole batch and keep their rows.
         epoch, first = divmod(step, per_epoch)
@@ -1155,11 +1156,11 @@ def main(args):
                 file.write(json.dumps({"step": step, "epoch": epoch, "lr": lr, **values, "img_per_s": speed}) + "\n")
         saved = time.time() if save else saved
         if save and rank == 0:
+            bar.set_description("saving, sampling")
             save_run(args, parts, epoch, step, keep)
             if keep or step == end:
                 save_grid(args, average.net, diffusion, device, epoch)
-        if stop:
-            break
+            bar.set_description()
     bar.close()
     if world > 1:
         dist.destroy_process_group()

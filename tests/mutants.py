@@ -152,7 +152,7 @@ MUTANTS = {
         ("resume: --epochs refused", "if key not in FREE and getattr(args, key)", "if getattr(args, key)"),
         ("resume: other flags accepted",
          "if key not in FREE and getattr(args, key)", "if False and getattr(args, key)"),
-        ("metrics not cut back", "lines[: 1 + step // LOG_EVERY])", "lines)"),
+        ("metrics not cut back", "lines[: 1 + step // LOG_EVERY], b", "lines, b"),
         ("metrics cut back by one step too many", "lines[: 1 + step // LOG_EVERY]", "lines[: step // LOG_EVERY]"),
         ("metrics lose what was run", "lines[: 1 + step // LOG_EVERY]", "lines[1 : 1 + step // LOG_EVERY]"),
         ("NaN saved", "    if not all(map(math.isfinite, values)):", "    if False:"),

@@ -315,7 +315,7 @@ def cached_images(rng, script, here):
     """A damaged .cache/*.npy is made anew: it is nobody's work. (Flipped pixels are pixels.)"""
     train = folder(rng, here)
     with open(os.devnull, "w") as sys.stderr:
-        right = script.module.read_folder(Path("pics"), "train", 16)[0].clone()
+        right = script.module.read_folder(here / "pics", "train", 16)[0].clone()
     sys.stderr = sys.__stderr__
     (cache,) = (train.parent / ".cache").iterdir()
     data, kind = cache.read_bytes(), rng.choice(["any", "any", "shape", "type", "object", "header", "folder", "tmp"])
@@ -335,7 +335,7 @@ def cached_images(rng, script, here):
         np.save(cache, other.get(kind, np.array([{}, 1])))
 
     def check():
-        found = script.module.read_folder(Path("pics"), "train", 16)[0]
+        found = script.module.read_folder(here / "pics", "train", 16)[0]
         assert kind in ("flip", "hole", "header") or found.equal(right)
 
     flags = ["--data", ".", "--dataset", "pics", "--resolution", "16", "--batch", "4", "--max-steps", "1"]

@@ -117,8 +117,12 @@ def test_network_refuses_what_it_cannot_take():
         net(torch.zeros(1, 3, 32, 32), torch.zeros(1))
     with pytest.raises(ValueError, match="y None"):
         net(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="no aug without aug_dim"):
+        net(torch.zeros(1, 3, 16, 16), torch.zeros(1), aug=torch.zeros(1, 9))
     with pytest.raises(ValueError, match="out_1, out_2"):
         tiny(layer="out_99")
+    with pytest.raises(ValueError, match="divisible"):  # group norm
+        T.UNet(16, **T.BACKBONES["tiny"] | {"width": 20})
     for pool in ("cls", "token"):
         with pytest.raises(ValueError, match=f"no tokens: use --pool gap, not {pool}"):
             net.features(torch.zeros(1, 3, 16, 16), torch.zeros(1), pool=pool)

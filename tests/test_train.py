@@ -157,14 +157,14 @@ def test_sigterm_saves_and_resumes(tmp_path):
     out, alone = tmp_path / "run", shutil.copy(ROOT / "train_unet.py", tmp_path)
     command = [alone if part.endswith("train_unet.py") else part for part in script("--epochs", "5", "--out", str(out))]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     file = out / "metrics.jsonl"
     while not (file.is_file() and len(file.read_text().splitlines()) > 2):
         assert run.poll() is None
         time.sleep(0.2)
     run.send_signal(signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM and "--resume" in said
+    assert run.returncode == 128 + signal.SIGTERM and "saving, sampling" in said and "--resume" in said
     step = load(out)["step"]
     assert 20 <= step < 6250
     command += ["--resume", "--max-steps", str(step + 10)]

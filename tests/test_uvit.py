@@ -174,8 +174,10 @@ def test_network_refuses_what_it_cannot_take():
     net = network()
     with pytest.raises(ValueError, match="x must be"):
         net(torch.zeros(1, 3, 16, 16), torch.zeros(1))
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="y needs classes"):
         net(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="aug aug_dim"):
+        net(torch.zeros(1, 3, 8, 8), torch.zeros(1), aug=torch.zeros(1, 9))
     with pytest.raises(ValueError, match="with --cls-token"):
         net.features(torch.zeros(1, 3, 8, 8), torch.zeros(1), pool="cls")
     with pytest.raises(ValueError, match="there are gap, token"):
