@@ -46,7 +46,7 @@ COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Ok
 ACCURACY = "linear top-1 accuracy, %"
 
 
-# ---- 1. Random numbers, ranks, data and frozen features ----------------------------------------------------
+# ---- 1. Random numbers, ranks, data and frozen features ----------------------
 def stream_generator(device, *numbers):
     """A generator of its own for each (seed, stream, index, ..)."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -125,7 +125,7 @@ def stored_features(encode, split, stream, seed, flip=False):
     return all_reduce(feats)
 
 
-# ---- 2. Classifiers: linear heads and kNN ------------------------------------------------------------------
+# ---- 2. Classifiers: linear heads and kNN ------------------------------------
 class Heads(nn.Module):
     """One linear classifier per layer, each on its own columns of feat, standardised by mean and std (D,) if given."""
 
@@ -205,7 +205,7 @@ def knn(queries, labels, bank, bank_labels, widths, classes):
     return accuracy
 
 
-# ---- 3. The probe of one checkpoint ------------------------------------------------------------------------
+# ---- 3. The probe of one checkpoint ------------------------------------------
 def probe_level(encode, train, test, args):
     """Accuracy of every layer in percent: list of dicts with layer, level, pool, linear and knn (None: not asked)."""
     test_feat = stored_features(encode, test, TEST, args.seed)  # (N, D)
@@ -232,11 +232,9 @@ def load(path, args, device):
     model = load_checkpoint(path, device)
     for layer in {*(args.layer or [])} - {*model.net.layers}:
         fail(f"{model.path} has no layer {layer}: choose --layer from {' '.join(model.net.layers)}")
-    try:
+    with told(f"{model.path}, --t"):
         for level in args.t or []:
             model.diffusion.check_level(level)
-    except ValueError as error:
-        fail(f"{model.path}, --t: {error}")
     return model
 
 
@@ -264,6 +262,8 @@ def protocol_defaults(args, model, split, device):
 def probe(model, args, device):
     """Probe a checkpoint: a dict of plain values, the protocol and the cells of probe_level."""
     train, test = load_split(model, args, "train", device), load_split(model, args, "test", device)
+    if train.classes < 2:
+        fail(f"--dataset {args.dataset or model.args.dataset} has no classes to probe; --loss needs none")
     args, result = protocol_defaults(args, model, train, device)
     x0 = train.x0(torch.zeros(1, dtype=torch.long, device=device), None)  # (1, C, H, W), to see the layers
     pools = {}  # {pool: {layer: width}}
@@ -320,7 +320,7 @@ def heldout_loss(model, args, device, earlier=()):
     return result
 
 
-# ---- 4. Tables and pictures --------------------------------------------------------------------------------
+# ---- 4. Tables and pictures --------------------------------------------------
 def best_cell(cells):
     """The cell of highest linear accuracy; the raw baseline counts only where it is alone."""
     return max(cells, key=lambda cell: (cell["level"] is not None, cell["linear"]))
@@ -424,7 +424,7 @@ def plot_fid(files):
     return figure
 
 
-# ---- 5. Flags and main -------------------------------------------------------------------------------------
+# ---- 5. Flags and main -------------------------------------------------------
 def parse_args(argv=None):
     """Flags -> Namespace; None where the checkpoint decides (protocol_defaults)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -461,7 +461,7 @@ def parse_args(argv=None):
     if len(args.pool) > 1 < len(args.t or []):
         parser.error("several --pool are drawn over the layers at one level: give one --t")
     first = Path(args.paths[0])
-    args.files, folder = first.suffix == ".json", first if first.is_dir() else first.parent
+    args.files, folder = first.suffix == ".json", first if os.path.isdir(first) else first.parent
     name = "heldout_loss" if args.loss else "probe_grid" if args.grid else "probe_epochs"
     name = "training_loss" if args.curves else "fid_accuracy" if args.files else name
     if name != "probe_epochs" or len(args.paths) > 1:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -193,7 +194,7 @@ def parse_args(argv=None):
     add_sampling_flags(parser.add_argument)
     args = parser.parse_args(argv)
     first = Path(args.ckpt[0])
-    args.out = args.out or (first if first.is_dir() else first.parent) / "samples.png"
+    args.out = args.out or (first if os.path.isdir(first) else first.parent) / "samples.png"
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
     return args

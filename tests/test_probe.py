@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,7 @@ def run(tmp_path_factory):
             for i in range(n):
                 pixels = rng.randint(0, 200, (16, 16, 3)) + 3 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        shutil.copytree(folder, root / "data" / "flat" / split)
     argv = ["--dataset", "mini", "--data", str(root / "data"), "--resolution", "16", "--backbone", "tiny"]
     args = train_unet.parse_args([*argv, "--self-cond", "--layer", "out_4", "--out", str(root)])
     for epoch in (1, 2):
@@ -302,10 +304,12 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "--layer", "out_99"], "no layer out_99: choose --layer from out_1 out_2"),
-        (["{run}/epoch_1.pt", "{run}/edm.pt", "--t", "500"], "edm.pt, --t: noise level 500: EDM takes"),
-        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t: noise level 1001: DDPM takes"),
+        (["{run}/epoch_1.pt", "{run}/edm.pt", "--t", "500"], "edm.pt, --t (noise level 500: EDM takes"),
+        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t (noise level 1001: DDPM takes"),
         (["{run}/epoch_1.pt", "--pool", "cls"], "a UNet has no"),
         (["{run}/epoch_1.pt", "--data", "{run}/nowhere"], "nowhere"),
+        (["{run}/epoch_1.pt", "--dataset", "flat"], "flat has no classes"),
+        (["{run}/" + 5000 * "x"], "File name too long"),
         (["{run}/epoch_1.pt", "--json", "{run}"], "cannot write"),
         (["{run}/epoch_1.pt", "--plot", "{run}/nowhere/a.png"], "cannot write"),
         (["{run}/epoch_1.pt", "--features", "{run}/epoch_1.pt/f.npz"], "cannot write"),
