@@ -206,7 +206,6 @@ def main(args):
     options = sampling(args)
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     folder = args.out.suffix not in (".png", ".npz")
 
     # 1. What is drawn: mistakes show before the first image.

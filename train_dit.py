@@ -829,6 +829,7 @@ def setup_distributed(device):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     if rank > 0:  # what another rank fails of comes first
         sys.excepthook = lambda *error: (time.sleep(5), sys.__excepthook__(*error))
     if world > 1:
@@ -1033,7 +1034,7 @@ def read_flags(parser, argv):
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
                 fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
-        with torch.device("meta"):  # takes no memory
+        with torch.device("meta"):  # no memory
             build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
     return args
 
@@ -1133,7 +1134,6 @@ def main(args):
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
     amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
-    torch.backends.cudnn.benchmark = True
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
     objective = Objective(net, diffusion, head, args.cl).to(device)
     objective.to(memory_format=torch.channels_last if cuda else torch.preserve_format)  # slower on CPUs

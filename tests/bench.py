@@ -11,6 +11,7 @@ that fits, by peak memory, without a GPU by what a compiled network keeps for it
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import resource
@@ -80,9 +81,11 @@ def train(script, flags, steps):
     cuda = torch.cuda.is_available() and "cpu" not in flags
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         args = script.parse_args([*flags, "--out", f"{out}/run", "--max-steps", str(steps)])
-        script.load_data = lambda args, split: random_data(script, args, 4 * args.batch)
+        script.load_data = lambda args, split: random_data(script, args, 16 * args.batch)
         script.save_grid = script.save_run = lambda *args, **kwargs: None
         script.LOG_EVERY = max(1, steps // 8)
+        torch.compiler.reset()  # or a second network is compiled for batches of any size
+        gc.collect()  # compiled networks refer to themselves
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         else:

@@ -9,6 +9,8 @@ import sys
 import zlib
 from pathlib import Path
 
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # as the scripts, which may be imported too late
+
 import pytest
 import torch
 
