@@ -247,8 +247,7 @@ def protocol_defaults(args, model, split, device):
     args.lr = args.lr or (2e-3 if latents else 4e-3)
     args.batch = args.batch or (1440 if latents else BATCH.get(trained.get("backbone", trained.get("size")), 256))
     if args.amp == "auto":  # as in training
-        large = sum(p.numel() for p in model.net.parameters()) > 1e6
-        bf16 = large and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+        bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
         args.amp = "bf16" if (torch.cuda.is_bf16_supported(False) if device.type == "cuda" else bf16) else "off"
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     args.autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")

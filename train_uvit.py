@@ -85,8 +85,10 @@ class UViTAttention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        h = F.scaled_dot_product_attention(q[:, :, 2 * self.masked :], k, v)
+        qkv = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        with torch.autocast("cpu", enabled=False):  # which is slow in bf16
+            q, k, v = qkv if x.is_cuda else qkv.float()  # (B, heads, N, D / heads)
+            h = F.scaled_dot_product_attention(q[:, :, 2 * self.masked :], k, v)
         if self.masked:  # two rows of plain attention: kernels are slow with a mask, or had NaNs
             logits = (q[:, :, :2, None].float() * k[:, :, None]).sum(4) / q.shape[3] ** 0.5  # (B, heads, 2, N)
             p = logits.masked_fill(torch.eye(2, N, device=x.device).flip(0) > 0, -math.inf).softmax(3)
@@ -858,7 +860,7 @@ def main(args):
     local = args.batch // (world * args.accum)  # images of one rank in one pass
     if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
-    _lock = claim(args.out) if rank == 0 else None  # held as long as it lives
+    _lock = claim(args.out) if rank == 0 else None  # held while it lives
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
@@ -878,21 +880,20 @@ def main(args):
     net, diffusion = build(args)
     if args.init and not args.resume:
         load_weights(net, args.init)
-    bf16 = sum(p.numel() for p in net.parameters()) > 1e6  # small ones lose on a CPU
-    bf16 &= getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
     amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
-    objective = Objective(net, diffusion, head, args.cl).to(device)
-    objective.to(memory_format=torch.channels_last if cuda else torch.preserve_format)  # slower on CPUs
+    layout = torch.channels_last if cuda else torch.preserve_format  # slower on CPUs
+    objective = Objective(net, diffusion, head, args.cl).to(device, memory_format=layout)
     average = copy.deepcopy(objective).eval().requires_grad_(False)
     optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
     step = load_run(last, parts) if args.resume else 0
     if args.compile or (args.compile is None and cuda):
-        torch._dynamo.config.optimize_ddp = False  # which would cut the graph into seven
+        torch._dynamo.config.optimize_ddp = False  # it cuts the graph into seven
         net.compile()
         average.net.encode = torch.compile(average.net.encode)
     ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
@@ -900,12 +901,12 @@ def main(args):
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
     bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    # SIGTERM, SIGINT, torchrun's end: finish the step, save. The first save comes after a minute.
+    # SIGTERM, SIGINT, torchrun's end: finish the step, save. First save: after a minute.
     generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     saved, launcher = time.time() - SAVE_SECONDS + 60, os.getppid()
-    if step == end == 0 and rank == 0:
+    if step == end == rank == 0:
         save_run(args, parts, 0, 0, keep=False)
 
     # 4. The loop.
@@ -957,7 +958,7 @@ def main(args):
             signals.append(signal.SIGTERM)
         wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
         if world > 1:
-            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: the GPU is not waited for
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: no wait for the GPU
         stop, due = wanted.tolist()
         line, save = step % LOG_EVERY == 0, keep or due or stop or step == end
         if line or save:

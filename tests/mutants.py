@@ -189,7 +189,7 @@ MUTANTS = {
         ("UNet: sinusoid's order",
          "emb = torch.cat([angles.sin(), angles.cos()]", "emb = torch.cat([angles.cos(), angles.sin()]"),
         ("UNet: groups of the last norm", "nn.GroupNorm(8, c)", "nn.GroupNorm(32, c)"),
-        ("UNet: queries and keys swapped with values", "q, k, v = self.projection", "v, k, q = self.projection"),
+        ("UNet: queries and keys swapped with values", "q, k, v = (qkv if", "v, k, q = (qkv if"),
         ("UNet: skips first in first out", "skips.pop()], dim=1)", "skips.pop(0)], dim=1)"),
         ("UNet: no dropout", "nn.Dropout(dropout)", "nn.Dropout(0.0)"),
         ("UNet: dropout not handed on", "dropout=args.dropout, ", ""),

@@ -325,6 +325,26 @@ def test_token_norms(norm, eps):
     assert torch.allclose(shifted, sign if isinstance(norm, nn.LayerNorm) else (sign + 3) / 10**0.5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("net", "side"),
+    [(T.UNet(16, **T.BACKBONES["tiny"]), 16), (V.UViT(8, 2, 16, 3, 2), 8), (D.DiT(3, 4, 2, 8, 1, 1), 4)],
+    ids=["UNet", "U-ViT", "DiT"],
+)
+def test_attention_on_a_cpu_is_float32(net, side, monkeypatch):
+    """Under autocast, too: the bf16 kernel of a CPU takes up to five times as long."""
+    kernel, found = F.scaled_dot_product_attention, []
+
+    def spy(*qkv):
+        out = kernel(*qkv)
+        found.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(rand(2, 3, side, side), torch.zeros(2))
+    assert set(found) == {torch.float32} and out.dtype == torch.bfloat16
+
+
 # ---- UNet
 def test_attention_over_pixels():
     """One head over all pixels, q then k then v, scale 1 / sqrt(C), on the normalised input; added to it."""

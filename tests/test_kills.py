@@ -112,10 +112,16 @@ class Job:
                 os.kill(pid, way)
 
     def wait(self, seconds):
-        """Statuses in order of ranks, once all have ended; a rank that does not end is an error."""
-        end = time.time() + seconds
-        while self.poll() and time.time() < end:
-            time.sleep(0.002)
+        """Statuses in order of ranks, once all have ended; a rank that does not end is an error.
+
+        One whose store died with rank 0 before it had joined would look for it for hours: torchrun, which has the store
+        and ends the others of a rank that died, is played at the end.
+        """
+        for end in (time.time() + seconds, time.time() + seconds + 10):
+            while self.poll() and time.time() < end:
+                time.sleep(0.002)
+            if self.status:
+                self.kill(signal.SIGTERM)
         left = [pid for pid in self.pids if pid not in self.status]
         self.kill(signal.SIGKILL)
         assert not left, f"{len(left)} of {len(self.pids)} ranks did not end in {seconds} s: {self.said()}"
