@@ -664,7 +664,7 @@ def load_latents(args, split):
         meta = read_meta(args, dataset=args.dataset, resolution=args.resolution, **args.latents) or {}
         args.latents = {k: meta[k] for k in ("vae", "mean", "std")}  # for build and decoder
         latents = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # read when indexed
-        labels = torch.from_numpy(np.load(folder / f"{split}.labels.npy"))
+        labels = torch.from_numpy(np.load(folder / f"{split}.labels.npy")).long()
         if latents.shape[:3] != (len(labels), 2, len(meta["mean"])) or labels.max() >= len(meta["classes"]):
             raise ValueError(f"{tuple(latents.shape)} latents, {len(labels)} labels")
         return latents, labels, meta["classes"]
@@ -1030,13 +1030,13 @@ def read_flags(parser, argv):
     args = parser.parse_args(argv)
     if args.resume and args.out and Path(args.out, "last.pt").is_file():
         state = read_checkpoint(Path(args.out, "last.pt"))
-        run = {k: v for k, v in state["args"].items() if k in vars(args)}
+        run = {k: v for k, v in state.get("args").items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
                 fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
-        with torch.device("meta"):  # no memory
+        with torch.device("meta"):
             build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
     return args
 
