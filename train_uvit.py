@@ -622,8 +622,8 @@ def ema_update(average, objective, decay):
 
 
 def save_checkpoint(path, state):
-    """Write, then rename: no file is ever half written."""
-    with open(f"{path}.tmp", "wb") as file:
+    """Write, then rename: no file is half written."""
+    with told(f"{path} not written: disk full?"), open(f"{path}.tmp", "wb") as file:
         torch.save(state, file)
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
@@ -676,7 +676,7 @@ def load_run(path, parts):
 
 
 def claim(out):
-    """Lock the folder of a run; it dies with its process. Clears what a killed job left."""
+    """Lock the folder of a run; it dies with its process. Clears what a kill left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
     with told(f"--out {out}: another job is writing there", Timeout):
         lock.acquire()
@@ -697,7 +697,7 @@ def start_run(args, net, step, about):
 
 
 def all_finite(stats, run):
-    """A step's numbers averaged over ranks; a run that has diverged ends here, before it is saved."""
+    """A step's numbers averaged over ranks; a diverged run ends here, unsaved."""
     values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
         fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
@@ -854,7 +854,7 @@ def teacher_key(average, view, level):
 
 def main(args):
     """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json, samples_NNNN.png."""
-    # 1. Where we run, and how the batch is cut.
+    # 1. Where we run, how the batch is cut.
     rank, world, device = setup_distributed(args.device)
     cuda, last = device.type == "cuda", Path(args.out, "last.pt")
     local = args.batch // (world * args.accum)  # images of one rank in one pass

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -171,6 +172,24 @@ def test_sigterm_saves_and_resumes(tmp_path):
     subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=120)
     assert load(out)["step"] == step + 10
     assert [line["step"] for line in metrics(out)] == list(range(10, step + 11, 10))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
+    """Files may grow to 1 MB: the checkpoint does not fit; the next run goes on from the last one, and tidies up."""
+    import resource
+
+    train(tmp_path, "--max-steps", "2")
+    before = (tmp_path / "last.pt").read_bytes()
+    done = subprocess.run(
+        script("--out", str(tmp_path), "--resume", "--max-steps", "4"), capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )  # fmt: skip
+    errors = [line for line in re.split("[\r\n]", done.stderr) if re.match("error: .*disk full", line)]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "last.pt").read_bytes() == before
+    train(tmp_path, "--resume", "--max-steps", "4")
+    assert load(tmp_path)["step"] == 4 and not [*tmp_path.glob("*.tmp")]
 
 
 @pytest.mark.parametrize("interval", [1, 100])
