@@ -13,8 +13,9 @@ from scipy.stats import t
 
 RUNS = json.loads((Path(__file__).parent / "results" / "study.json").read_text())
 ROWS = [  # part, baseline, variant, layer that conditions or is contrasted, how the README calls it, the nearest row of
-    # the paper: CIFAR-100 with EDM and ddpm, CIFAR-100 with UViT-S, ImageNet-100 with DiT-B
+    # the paper: CIFAR-100 with EDM and ddpm (add: CIFAR-10, ddpmpp), CIFAR-100 with UViT-S, ImageNet-100 with DiT-B
     ("unet", "baseline", "selfcond", "out_2", "UNet, `--self-cond`", 65.35 - 63.68),
+    ("unet", "baseline", "selfcond-add", "out_2", "UNet, `--self-cond add`", 94.85 - 94.83),
     ("unet", "baseline", "selfcond-cl", "out_2", "UNet, `--self-cond --cl 0.01`", 69.50 - 63.68),
     ("uvit", "baseline", "cls", "out_2", "U-ViT, `--cls-token`", 72.04 - 70.66),
     ("uvit", "baseline", "cls-cl", "out_2", "U-ViT, `--cls-token --cl 0.01`", 74.48 - 70.66),
