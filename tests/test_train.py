@@ -174,6 +174,17 @@ def test_sigterm_saves_and_resumes(tmp_path):
     assert [line["step"] for line in metrics(out)] == list(range(10, step + 11, 10))
 
 
+def test_flags_in_a_file_that_are_not_its_networks(tmp_path, capsys):
+    """Told while flags are read: nothing has been allocated."""
+    train(tmp_path, "--max-steps", "1")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["args"]["backbone"] = "ddpmpp"
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(SystemExit) as stop:
+        T.parse_args(["--out", str(tmp_path), "--resume"])
+    assert stop.value.code == 2 and "Error(s) in loading state_dict" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     """Files may grow to 1 MB: the checkpoint does not fit; the next run goes on from the last one, and tidies up."""
