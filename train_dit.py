@@ -122,7 +122,7 @@ class DiTAttention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
         q, k = (rotary(norm(z.float())) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
-        with torch.autocast("cpu", enabled=False):  # which is slow in bf16
+        with torch.autocast("cpu", enabled=False):  # its bf16 kernel is slow
             q, k, v = (z.to(v.dtype) if x.is_cuda else z.float() for z in (q, k, v))
             h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(1, 2).reshape(B, N, D))

@@ -133,7 +133,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view when channels-last
         qkv = self.projection(tokens)[:, None]  # (B, 1, HW, 3 C)
-        with torch.autocast("cpu", enabled=False):  # which is slow in bf16
+        with torch.autocast("cpu", enabled=False):  # its bf16 kernel is slow
             q, k, v = (qkv if x.is_cuda else qkv.float()).chunk(3, dim=-1)
             h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, HW, C)
         return x + self.output(h).view(B, H, W, C).permute(0, 3, 1, 2)

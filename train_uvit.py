@@ -86,7 +86,7 @@ class UViTAttention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        with torch.autocast("cpu", enabled=False):  # which is slow in bf16
+        with torch.autocast("cpu", enabled=False):  # its bf16 kernel is slow
             q, k, v = qkv if x.is_cuda else qkv.float()  # (B, heads, N, D / heads)
             h = F.scaled_dot_product_attention(q[:, :, 2 * self.masked :], k, v)
         if self.masked:  # two rows of plain attention: kernels are slow with a mask, or had NaNs
