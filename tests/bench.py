@@ -2,15 +2,21 @@
 
 Takes the script's own flags, and --steps N (default 40, the first quarter warms up). Runs its main, with data, pictures
 and checkpoints left out: img/s (on a CPU of its own time, which others on the machine disturb less), model FLOPs, their
-share of the matrix rate reached in the same run, peak memory.
+share of the matrix rate reached in the same run, peak memory. --profile lists five steps' operations by time.
 
     python tests/bench.py --table [NAME ...]   # of TINY or PAPER below (default: all)
 
-Baseline, self-conditioning or [CLS], and --cl in turn, the paper's networks on a GPU, tiny ones on a CPU; the --accum
-that fits, by peak memory, without a GPU by what a compiled network keeps for its backward pass (Inductor's partition).
+Baseline, self-conditioning or [CLS], --cl, and eager float32 in turn, the paper's networks on a GPU, tiny ones on a
+CPU; the --accum that fits, by peak memory, without a GPU by what a compiled network keeps for its backward pass
+(Inductor's partition).
+
+    python tests/bench.py --tools RUN          # a trained one
+
+sample.py, eager and compiled, float32 and bf16; probe.py, a cell and grids; fid.py's Inception with random weights.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -23,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import profiler
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
@@ -34,7 +41,7 @@ PAPER = {
     "ddpm": "train_unet --dataset cifar10",
     "ddpmpp": "train_unet --dataset cifar10 --model edm --backbone ddpmpp",
     "U-ViT-S": "train_uvit --dataset cifar10",
-    "DiT-B": "train_dit --dataset imagenet100 --cache-latents none --accum 2",
+    "DiT-B": "train_dit --dataset imagenet100 --cache-latents none --accum 4",
 }
 
 
@@ -100,7 +107,9 @@ def time_runs(script, flags, variants, steps, rounds=1):
     """Run the variants in turn and print a line for each, by its fastest run; returns the first one's peak memory."""
     runs = [[train(script, [*flags, *variant], steps) for variant in variants] for _ in range(rounds)]
     speeds, cuda = [max(run[i][0] for run in runs) for i in range(len(variants))], torch.cuda.is_available()
-    size, kind = (8192, {"device": "cuda", "dtype": torch.bfloat16}) if cuda else (2048, {"dtype": torch.float32})
+    low = cuda or torch.cpu.get_capabilities().get("avx512_bf16")  # what --amp auto takes
+    size, dtype = 8192 if cuda else 2048, torch.bfloat16 if low else torch.float32
+    kind = {"device": "cuda" if cuda else "cpu", "dtype": dtype}
     clock = {} if cuda else {"timer": time.thread_time}
     rate = 2 * size**3 / Timer("a @ a", globals={"a": torch.randn(size, size, **kind)}, **clock).timeit(10).mean
     for variant, speed, (_, peak) in zip(variants, speeds, runs[0], strict=True):
@@ -110,8 +119,68 @@ def time_runs(script, flags, variants, steps, rounds=1):
         flops = counter.get_total_flops() / 2 * speed
         print(f"{script.__name__} {' '.join([*flags, *variant])}: {speed:.5g} img/s, {1000 * args.batch / speed:.4g} "
               f"ms a step, {speeds[0] / speed:.3f} of the first; {flops / 1e12:.3g} TFLOP/s, {flops / rate:.0%} of "
-              f"{kind['dtype']} products; peak {peak / 2**30:.2f} GiB", flush=True)  # fmt: skip
+              f"{dtype} products; peak {peak / 2**30:.2f} GiB", flush=True)  # fmt: skip
     return runs[0][0][1]
+
+
+def profile(script, flags, steps):
+    """Five steps of main after the warm-up: operations, on a GPU its kernels, by their own time."""
+    rate, schedule = script.learning_rate, profiler.schedule(wait=0, warmup=steps // 4, active=5, repeat=1)
+    with profiler.profile(schedule=schedule) as seen:
+        script.learning_rate = lambda *args: seen.step() or rate(*args)  # called once a step
+        train(script, flags, steps)
+    order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+    print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
+
+
+def seconds(work, *args):
+    """How long work(*args) takes, with what it leaves to the GPU; and its result."""
+    now = time.perf_counter if torch.cuda.is_available() else time.thread_time
+    start, result = now(), work(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return now() - start, result
+
+
+def time_tools(run):
+    """Sampling, probing and scoring of a trained run."""
+    fid, probe, sample = map(importlib.import_module, ("fid", "probe", "sample"))
+    cuda, first = torch.cuda.is_available(), None
+    model, device = sample.load_checkpoint(run, "cuda" if cuda else "cpu"), torch.device("cuda" if cuda else "cpu")
+    torch.set_float32_matmul_precision("high")  # as the tools do
+    for amp in None, torch.bfloat16:
+        for compiled in (False, True)[: 1 + cuda]:
+            torch.compiler.reset()
+            blocks = sample.generate(model, (4 if cuda else 2) * sample.BLOCK, amp=amp, compile=compiled)
+            images = next(blocks)[1].int()  # warms up
+            spent, rest = seconds(list, blocks)
+            first = images if first is None else first
+            print(f"sample.py, {amp or torch.float32}{', compiled' * compiled}: {len(rest) * sample.BLOCK / spent:.4g} "
+                  f"img/s; pixels move by up to {(images - first).abs().max()} of 255", flush=True)  # fmt: skip
+
+    levels = [f"{level:g}" for level in probe.GRIDS[model.args.model][1][:3]]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def cell(*flags):  # seconds
+            flags = [str(run), *flags, *some, "--json", f"{folder}/a.json", "--plot", f"{folder}/a.png"]
+            with contextlib.redirect_stdout(sys.stderr):
+                return seconds(probe.main, probe.parse_args(flags))[0]
+
+        some, short = [] if cuda else ["--subset", "1000"], ["--epochs", "2", "--t"]
+        cell(*short, levels[0])  # warms up
+        grid, last, own = cell(*short, *levels, "--grid"), 0, 0
+        for level in levels:
+            last += cell(*short, level, "--layer", model.net.layers[-1])
+            own += cell(*short, level)
+        print(f"probe.py: {' '.join(['a cell', *some])} {cell():.3g} s; a grid of all layers at {', '.join(levels)} "
+              f"costs {grid / last:.2f} of three passes at the last layer, {grid / own:.2f} at {model.args.layer}")
+
+        torch.save(fid.Inception().state_dict(), f"{folder}/random.pth")
+        net, n = fid.load_inception(f"{folder}/random.pth", device), 10_000 if cuda else 64
+        pixels, batch = torch.randint(256, (n, 3, 32, 32)).byte(), 250 if cuda else 32
+        images = fid.in_batches("noise", n, (32, 32), lambda i: pixels[i.start : i.stop], batch)
+        spent = [seconds(fid.measure, net, images, batch)[0] for _ in range(2)][1]
+        print(f"fid.py: {n / spent:.4g} img/s")
 
 
 def main():
@@ -119,13 +188,18 @@ def main():
     steps = int(flags.pop(flags.index("--steps") + 1)) if "--steps" in flags else 40
     flags, cuda = [flag for flag in flags if flag != "--steps"], torch.cuda.is_available()
     print(torch.cuda.get_device_name() if cuda else "CPU", torch.get_num_threads(), "threads, torch", torch.__version__)
+    if name == "--tools":
+        return time_tools(Path(flags[0]))
     if name != "--table":
-        return time_runs(importlib.import_module(Path(name).stem), flags, [[]], steps)
+        work = profile if "--profile" in flags else functools.partial(time_runs, variants=[[]])
+        flags = [flag for flag in flags if flag != "--profile"]
+        return work(importlib.import_module(Path(name).stem), flags, steps=steps)
     for name in flags or (PAPER if cuda else TINY | PAPER):
         module, *own = (TINY | PAPER)[name].split()
         script, peak = importlib.import_module(module), None
         if cuda or name in TINY:
-            variants = [], ["--cls-token" if "uvit" in module else "--self-cond"], ["--cl", "0.01"]
+            plus = "--cls-token" if "uvit" in module else "--self-cond"
+            variants = [], [plus], ["--cl", "0.01"], ["--amp", "off", "--no-compile"]
             peak = time_runs(script, own, variants, steps, 1 if cuda else 5)
         if name in PAPER:
             args = script.parse_args(own)  # weights, gradients, Adam's moments, average; bf16 copies
