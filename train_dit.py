@@ -11,7 +11,8 @@
     torchrun --nproc_per_node=8 train_dit.py --dataset imagenet100 --data ROOT --vae vavae.pt --cache-latents LATENTS \\
         --size B --self-cond  # caches first, then trains
 
-x0 clean latent, normalised per channel, or image   x_t noisy x0   eps unit noise   v velocity   t time: 0 data, 1 noise
+x0 clean latent, normalised per channel, or image   x_t noisy x0   eps unit noise   v velocity
+t time: 0 data, 1 noise; the network is given 1 - t
 e global embedding, e_t its time part   feat pooled tokens of --layer   q, k contrastive query and key   y class label
 B batch   C, H, W latent or image   N tokens   D width   average: the EMA, sampled, probed, the teacher
 """
@@ -52,8 +53,8 @@ from tqdm import tqdm
 SIZES = {  # width, depth, heads: [DiT] Tab. 1. UNSPECIFIED: tiny is ours, for a CPU
     "tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
 }
-PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0, "cooldown": 0.0,  # [P]: latents
-         "cl_hidden": 4096}  # [MoCo]'s for ViTs
+# [P] Tab. 11, EMA Tab. 8, for latents; head: [MoCo]'s for ViTs. UNSPECIFIED: their gradient clipping, ours
+PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}  # ours
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64, latents 256
 ADDED = ("self_cond.",)  # public weights lack what [P] adds
@@ -182,7 +183,7 @@ class DiT(nn.Module):
         self.self_cond = SelfConditioning(width, 2 * width // 3, width, self_cond) if self_cond else None
 
     def init_weights(self):
-        """UNSPECIFIED, as [DiT]: uniform of variance 1 / fan_avg, embeddings normal of std 0.02, the rest zeros."""
+        """UNSPECIFIED, as [DiT]: uniform of variance 1 / fan_avg; embeddings of std 0.02; modulations and output 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -275,7 +276,7 @@ class SelfConditioning(nn.Module):
 # ---- 4. Diffusion formulation ------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
-    level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
+    level = level if isinstance(level, torch.Tensor) else x.new_full((len(x),), level)
     if level.shape != x.shape[:1]:
         raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
@@ -299,6 +300,7 @@ class LatentRF(Formulation):
     """Rectified flow of latents, t from 0 (data) to 1 (noise), velocity prediction. [P] Tab. 8, [RF] Eq. 1
 
     The network runs on [LDiT]'s clock, as its public weights do: it is given 1 - t and returns -v = x0 - eps.
+    UNSPECIFIED: pixels are treated as latents are.
     """
 
     range, unit = (0.0, 1.0), "times"
@@ -318,9 +320,9 @@ class LatentRF(Formulation):
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
         """Squared error of v = eps - x0, plus 1 - cos(v_hat, v) along channels, [LDiT]; and the net's (feat, e_t)."""
-        out, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
+        out, *more = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
         v, v_hat = noise - x0, -out.float()
-        return F.mse_loss(v_hat, v) + (1 - F.cosine_similarity(v_hat, v, dim=1)).mean(), feat
+        return F.mse_loss(v_hat, v) + (1 - F.cosine_similarity(v_hat, v, dim=1)).mean(), more
 
     def velocity(self, net, x, t, y=None, cfg=1.0, interval=(0.0, 1.0)):
         """v_hat (B, C, H, W) at time t, a number; guided inside the interval. [CFG], [Int]
@@ -374,7 +376,7 @@ def draw_shapes(n, seed, side):
 
 
 def open_image(path):
-    """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
+    """A picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
     with told(f"{path} is not an image that Pillow reads, or too large"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=FORMATS) as image:
@@ -392,12 +394,12 @@ def load_image(path, resolution):
     """Box-halve, resize, center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     image = open_image(path)
     while min(image.size) >= 2 * resolution:
-        image = image.reduce(2)
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
     scale = resolution / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution))).transpose(2, 0, 1)
+    return np.asarray(image)[top:, left:][:resolution, :resolution].transpose(2, 0, 1)
 
 
 def list_images(root, split):
@@ -450,11 +452,9 @@ def load_data(args, split):
         if name == "shapes":
             return *draw_shapes(10000 if train else 2000, 0 if train else 1, args.resolution), SHAPES
         if name not in ("cifar10", "cifar100") or args.resolution != 32:
-            fail(f"--dataset {name}: no folder {root}/train/<class>/; only shapes and 32-pixel CIFAR do without")
-        try:
+            fail(f"--dataset {name}: no folder {root}/train; only shapes and 32-pixel CIFAR do without")
+        with told(f"no download of {name}: put its images into {root}/train/<class>/"):
             stored = getattr(datasets, name.upper())(args.data, train, download=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"{name} could not be downloaded ({error}): put its images into {root}/train/<class>/")
     images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(stored.targets), stored.classes
 
@@ -495,12 +495,13 @@ class VAEStage(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(VAEResBlock(c_out if i else c_in, c_out) for i in range(blocks))
         self.attn = nn.ModuleList(VAEAttention(c_out) if attention else nn.Identity() for _ in range(blocks))
-        down, up = nn.ZeroPad2d((0, 1, 0, 1)), nn.Upsample(scale_factor=2, mode="nearest")  # pads right and bottom
         self.downsample = self.upsample = nn.Identity()
         if resample == "down":
-            self.downsample = nn.Sequential(OrderedDict(pad=down, conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
+            pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom
+            self.downsample = nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
         if resample == "up":
-            self.upsample = nn.Sequential(OrderedDict(nearest=up, conv=nn.Conv2d(c_out, c_out, 3, padding=1)))
+            nearest = nn.Upsample(scale_factor=2)
+            self.upsample = nn.Sequential(OrderedDict(nearest=nearest, conv=nn.Conv2d(c_out, c_out, 3, padding=1)))
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn, strict=True):
@@ -509,7 +510,7 @@ class VAEStage(nn.Module):
 
 
 class VAE(nn.Module):
-    """The VA-VAE: a KL autoencoder, 16 x 16 pixels to one of z channels. [KL], [LDiT]"""
+    """The VA-VAE: a KL autoencoder, 16 x 16 pixels to z numbers. [KL], [LDiT]"""
 
     def __init__(self, width=128, z=32):
         super().__init__()
@@ -597,7 +598,8 @@ def begin_cache(args, found, about, vae):
             np.save(folder / f"{split}.done.npy", np.zeros(math.ceil(len(pairs) / BLOCK), np.uint8))
             np.save(folder / f"{split}.labels.npy", [label for _, label in pairs])
         except OSError as error:
-            part.unlink(missing_ok=True)
+            for part in folder.glob("*.part.npy"):
+                part.unlink()
             fail(f"{folder} has no room for {size / 1e9:.3g} GB ({error}): take another --cache-latents")
     if "mean" not in about:  # the same images in every run
         pairs = found["train"][0]
@@ -619,7 +621,8 @@ def cache_latents(args):
     if args.vae is None or not (root / "train").is_dir():
         fail(f"{folder} holds no finished latents: to make them, give --vae FILE and {root}/train/<class>/*")
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):  # ranks write into one file
-        fail("--cache-latents: let one node make them first, with --max-steps 1")
+        fail("--cache-latents: let one node make them first, with --max-steps 1 --out ELSEWHERE")
+    _lock = claim(folder) if rank == 0 else None  # held while it lives
     found = {split: list_images(root, split) for split in ("train", "test")}
     names = [file.removeprefix(str(root)) for pairs, _ in found.values() for file, _ in pairs]
     about = {"dataset": args.dataset, "resolution": args.resolution, "classes": found["train"][1]} | args.latents
@@ -647,12 +650,13 @@ def cache_latents(args):
             latents[rows] = x0.numpy()
             latents.flush()
             finished[b] = 1
-        for step in (1, 2):  # all blocks are there; they have their name
-            if world > 1:
-                dist.barrier()
-            if step == 1 and rank == 0:
-                os.replace(part, final)
-                done.unlink()
+        if world > 1:
+            dist.barrier()  # all blocks are there
+        if rank == 0:
+            os.replace(part, final)
+            done.unlink()
+        if world > 1:
+            dist.barrier()  # they have their name
 
 
 def load_latents(args, split):
@@ -663,7 +667,9 @@ def load_latents(args, split):
     with told(f"{folder} is damaged: take another --cache-latents, or delete the folder"):
         meta = read_meta(args, dataset=args.dataset, resolution=args.resolution, **args.latents) or {}
         args.latents = {k: meta[k] for k in ("vae", "mean", "std")}  # for build and decoder
-        latents = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # read when indexed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it cannot be written to: "c" could, but counts against memory
+            latents = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="r"))  # read when indexed
         labels = torch.from_numpy(np.load(folder / f"{split}.labels.npy")).long()
         if latents.shape[:3] != (len(labels), 2, len(meta["mean"])) or labels.max() >= len(meta["classes"]):
             raise ValueError(f"{tuple(latents.shape)} latents, {len(labels)} labels")
@@ -694,10 +700,11 @@ def decoder(args, device, vae=None):
         fail("the checkpoint works on latents: give --vae FILE, and where it came from public weights --latent-stats")
     if vae_hash(path) != args.latents.get("vae"):
         fail(f"--vae {path} is not the file that the latents were made with")
-    net, (mean, std) = load_vae(path, device), (torch.tensor(args.latents[k], device=device) for k in ("mean", "std"))
+    net = load_vae(path, device)
+    mean, std = (torch.tensor(args.latents[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
 
     def decode(x0):  # in pieces: pixels need room
-        return torch.cat([to_uint8(net.decode(x * std.view(-1, 1, 1) + mean.view(-1, 1, 1))) for x in x0.split(16)])
+        return torch.cat([to_uint8(net.decode(x * std + mean)) for x in x0.split(16)])
 
     return decode
 
@@ -764,7 +771,7 @@ class Projector(nn.Module):
         for p in self.time.parameters() if emb_dim else ():
             nn.init.zeros_(p)
 
-    def forward(self, x, e_t):
+    def forward(self, x, e_t=None):
         """(B, dims[0]), (B, emb_dim) -> (B, dims[-1]) float32."""
         for k, (linear, norm) in enumerate(zip(self.linear, self.norm, strict=True)):
             x = norm(linear(x))
@@ -786,7 +793,7 @@ class MoCoHead(nn.Module):
 
     def forward(self, feat, e_t):
         """feat (B, D), e_t (B, E) -> q (B, 256)."""
-        return self.predictor(self.projector(feat, e_t), e_t)
+        return self.predictor(self.projector(feat, e_t))
 
 
 def moco_loss(q, k, temperature=0.2):
@@ -807,7 +814,7 @@ def moco_loss(q, k, temperature=0.2):
 
 # ---- 7. Run utilities --------------------------------------------------------
 def fail(message, status=2):
-    """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
+    """One line on stderr, then exit. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
     tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # above an open bar
     raise SystemExit(status)
@@ -874,8 +881,8 @@ def load_weights(net, path):
     with told(f"--init {path} does not fit this network"):
         for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
-        prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
-        state = {k.removeprefix(prefix): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        prefix = next((k[: -len(anchor)] for k in [*state][::-1] if k.endswith(anchor)), "")  # ema_pytorch's is last
+        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, torch.Tensor)}
         missing, odd = net.load_state_dict(state, strict=False)
         odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
         if odd:
@@ -907,7 +914,7 @@ def load_run(path, parts):
 def claim(out):
     """Lock the folder of a run; it dies with its process. Clears what a kill left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
-    with told(f"--out {out}: another job is writing there", Timeout):
+    with told(f"{out}: another job is writing there", Timeout):
         lock.acquire()
     for path in Path(out).glob("*.tmp"):
         path.unlink()
@@ -927,7 +934,7 @@ def start_run(args, net, step, about):
 
 def all_finite(stats, run):
     """A step's numbers averaged over ranks; a diverged run ends here, unsaved."""
-    values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
+    values = RankMean.apply(torch.stack([*stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
         fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
@@ -935,8 +942,8 @@ def all_finite(stats, run):
 
 @torch.no_grad()
 def save_grid(args, ema, diffusion, device, epoch):
-    """samples_NNNN.png: 64 EMA samples, on a CPU 16, from the same noise every time."""
-    if args.cache_latents and args.vae is None:
+    """samples_NNNN.png: 64 samples, on a CPU 16, always from the same noise."""
+    if args.cache_latents and not os.path.isfile(args.vae or ""):
         return  # nothing decodes them
     side = 8 if device.type == "cuda" else 4
     noise = torch.randn(side**2, *ema.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
@@ -979,7 +986,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="(default: runs/<from the flags>)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    add("--resume", action="store_true", help="go on from last.pt; with --out its flags")
     add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth; imagenet 20)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
@@ -989,7 +996,8 @@ def parse_args(argv=None):
     latents, large = args.cache_latents is not None, args.dataset == "imagenet"  # of 1000 classes
     if (args.vae or args.latent_stats) and not (args.vae and latents):
         parser.error("--vae FILE goes with --cache-latents DIR, and --latent-stats with both")
-    args.latents = args.latents | ({"vae": vae_hash(args.vae)} if args.vae else {})
+    if args.vae and (os.path.isfile(args.vae) or not args.resume):  # a resumed run may do without
+        args.latents = args.latents | {"vae": vae_hash(args.vae)}
     if args.latent_stats and "mean" not in args.latents:
         try:
             stats = read_checkpoint(args.latent_stats)
@@ -1115,12 +1123,12 @@ def main(args):
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
-    # 2. Data: on the device, unless they would fill half of it.
+    # 2. Data: on the device, unless they would fill a third of it.
     nothing = *torch.empty(2, 1).expand(2, args.batch), []
     images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
-    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
@@ -1132,7 +1140,7 @@ def main(args):
     if args.init and not args.resume:
         load_weights(net, args.init)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
+    bf16 = torch.cuda.is_bf16_supported(False) if cuda else bf16
     amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
@@ -1165,11 +1173,11 @@ def main(args):
     while step < end and not stop:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
         #    the whole batch and keep their rows.
-        epoch, first = divmod(step, per_epoch)
-        if order is None or first == 0:
+        epoch, nth = divmod(step, per_epoch)
+        if order is None or nth == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
-        rows = order[first * args.batch :][: args.batch]
+        rows = order[nth * args.batch :][: args.batch]
         generator.manual_seed(seeded(args.seed, 0, step))
         torch.manual_seed(seeded(args.seed, 1, step, rank))  # for dropout
         drawn = [draw_numbers(args.batch, net.shape, diffusion, generator) for _ in range(2 if head else 1)]
@@ -1188,7 +1196,7 @@ def main(args):
                 loss, found = ddp(*views[0], key)  # x0, level, noise, y, aug, key
             scaler.scale(loss / args.accum).backward()
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
-        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for short runs.
+        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, not as [DDAE]'s.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]
         stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # skipped
@@ -1204,10 +1212,9 @@ def main(args):
         # 4. Report and save.
         bar.update()
         epoch = step // per_epoch
-        keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
-        if world > 1 and os.getppid() != launcher:
-            signals.append(signal.SIGTERM)
-        wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
+        keep = step == total or step % per_epoch == 0 and epoch % args.save_every == 0
+        orphan = signal.SIGTERM * (world > 1 and os.getppid() != launcher)
+        wanted = torch.tensor([max(*signals, orphan), time.time() - saved > SAVE_SECONDS])
         if world > 1:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: no wait for the GPU
         stop, due = wanted.tolist()
@@ -1228,6 +1235,7 @@ def main(args):
             bar.set_description()
     bar.close()
     if world > 1:
+        del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
         print(f"wrote {last}; next: " + ("the same command with --resume" if stop else f"python probe.py {args.out}"))

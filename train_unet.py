@@ -52,12 +52,12 @@ BACKBONES = {  # [P] Tab. 9. UNSPECIFIED: tiny is ours, for a CPU
     "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
     "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False},
 }
-LAYERS = {  # [P] Tab. 10: most semantic decoder block on CIFAR-10, CIFAR-100. UNSPECIFIED: elsewhere as on CIFAR-100
+LAYERS = {  # [P] Tab. 10: (model, backbone): best block on CIFAR-10, CIFAR-100. UNSPECIFIED: elsewhere as on CIFAR-100
     ("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "out_8"),
     ("edm", "ddpm"): ("out_7", "out_6"), ("edm", "ddpmpp"): ("out_9", "out_8"),
     ("rf", "ddpm"): ("out_7", "out_7"), ("rf", "ddpmpp"): ("out_8", "out_8"),
 }
-DEFAULTS = {  # [P] Tab. 8: dropout, EMA; Tab. 11: warm-up (epochs), batch; Tab. 10: level at which the layer is read
+DEFAULTS = {  # [P] Tab. 8: dropout, EMA; Tab. 11: warm-up (epochs), BATCH; Tab. 10: level at which the layer is read
     "ddpm": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 11},
     "edm": {"dropout": 0.13, "ema": 0.9993, "warmup": 200, "cl_t": 0.06},
     "rf": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 0.06},
@@ -67,7 +67,7 @@ PAPER = {"epochs": 2000, "lr": 4e-4, "cooldown": 0.0, "cl_hidden": 4096}  # [P] 
 TINY = {"epochs": 5, "lr": 2e-3, "cooldown": 0.3, "cl_hidden": 512, "batch": 32, "ema": 0.999, "dropout": 0.0,
         "layer": "out_2"}  # UNSPECIFIED: ours, measured on shapes
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
-ADDED = ("self_cond.", "time_emb.aug_emb.")  # public weights lack what [P] adds
+ADDED = ("self_cond.", "time_emb.aug_emb.")  # public weights may lack these
 FREE = "data out epochs accum save_every max_steps device compile resume init".split()  # --resume may change these
 LOG_EVERY, SAVE_SECONDS = 10, 900  # steps between lines of metrics.jsonl, seconds between saves
 SUFFIXES, FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), ("PNG", "JPEG", "WEBP", "BMP")
@@ -221,7 +221,7 @@ class UNet(nn.Module):
         self.self_cond = SelfConditioning(self.feat_dim, self.feat_dim, emb_dim, self_cond) if self_cond else None
 
     def init_weights(self):
-        """UNSPECIFIED, as [DDPM]: uniform with variance 1 / fan_avg; residual branches and the output end in zeros."""
+        """UNSPECIFIED, near [DDPM]: uniform, variance 1 / fan_avg; residual branches and the output end in zeros."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -309,7 +309,7 @@ class SelfConditioning(nn.Module):
 # ---- 4. Diffusion formulation ------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
-    level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
+    level = level if isinstance(level, torch.Tensor) else x.new_full((len(x),), level)
     if level.shape != x.shape[:1]:
         raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
@@ -339,7 +339,7 @@ class DDPM(Formulation):
         self.time_scale = time_scale  # network time per step
         betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)  # (1001,), a_t^2
-        # DEVIATION: the table that [P]'s ancestors sample with has no clean step 0
+        # DEVIATION: sampling uses [DDAE]'s own table, which has no clean step 0
         ddim = (1 - torch.linspace(1e-4, 0.02, 1001)).log().cumsum(0).exp()
         self.register_buffer("alphabar_ddim", ddim, persistent=False)
 
@@ -358,12 +358,12 @@ class DDPM(Formulation):
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
         """Mean squared error on the noise; (feat, e_t) of net.encode."""
-        eps_hat, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
-        return F.mse_loss(eps_hat.float(), noise), feat
+        eps_hat, *more = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
+        return F.mse_loss(eps_hat.float(), noise), more
 
     def sample(self, net, noise, steps=100, y=None):
-        """DDIM with eta 0; x0 is clipped to [-1, 1] as [DDAE] does. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
-        x, times = noise, list(range(1, 1001, 1000 // min(steps, 1000)))[::-1] + [0]
+        """DDIM, eta 0, at least `steps` steps; clips x0 as [DDAE]. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
+        x, times = noise, [0, *range(1, 1001, 1000 // min(steps, 1000))][::-1]
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             a, a_next = self.alphabar_ddim[t], self.alphabar_ddim[t_next]
             eps_hat = net(x, torch.full((len(x),), t * self.time_scale, device=x.device), y).float()
@@ -414,20 +414,20 @@ class EDM(Formulation):
         """Squared error of D, weighted by 1 / c_out^2, a scalar; and (feat, e_t) of net.encode."""
         x_t = self.add_noise(x0, level, noise)
         c_skip, c_out, c_in, c_noise = self.scalings(per_image(level, x0))
-        out, *feat = net(c_in * x_t, c_noise.flatten(), y, aug, with_feat=True)
+        out, *more = net(c_in * x_t, c_noise.flatten(), y, aug, with_feat=True)
         x0_hat = c_skip * x_t + c_out * out.float()
         loss = ((x0_hat - x0) ** 2 / c_out**2).mean(dim=(1, 2, 3))  # (B,)
         if self.uncertainty is not None:
             with torch.autocast(x0.device.type, enabled=False):
                 u = self.uncertainty(c_noise.view(-1, 1))[:, 0]  # (B,)
             loss = loss / u.exp() + u  # [EDM2] Eq. 15, [P] with augmentation
-        return loss.mean(), feat
+        return loss.mean(), more
 
     def schedule(self, steps):
         """Noise levels of the sampler, (steps + 1,) float64, 80 down to 0.002 with rho 7, then 0. [EDM] Eq. 5"""
-        low, high = self.range[0] ** (1 / 7), self.range[1] ** (1 / 7)
+        low, high = (sigma ** (1 / 7) for sigma in self.range)
         sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** 7
-        return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+        return F.pad(sigmas, (0, 1))
 
     def sample(self, net, noise, steps=18, y=None):
         """Heun's method, float64 state, D clipped to [-1, 1] as [DDAE] does. [EDM] Alg. 1. noise -> x0 (B, C, H, W)."""
@@ -466,8 +466,8 @@ class RF(Formulation):
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
         """Mean squared error on v = eps - x0, a scalar; and (feat, e_t) of net.encode."""
-        v_hat, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
-        return F.mse_loss(v_hat.float(), noise - x0), feat
+        v_hat, *more = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
+        return F.mse_loss(v_hat.float(), noise - x0), more
 
     def sample(self, net, noise, y=None):
         """Integrate dx/dt = v from t = 1 to 0 by adaptive RK45: noise (B, C, H, W) -> x0, not clipped.
@@ -479,14 +479,11 @@ class RF(Formulation):
             x = torch.from_numpy(state).to(noise.device, torch.float32).view_as(noise)
             v = net(x, torch.full((len(x),), t, device=x.device), y).double().flatten().cpu().numpy()
             if not np.isfinite(v).all():  # RK45 would look for a step size for ever
-                raise FloatingPointError
+                raise FloatingPointError("the network gave NaN or infinity")
             return v
 
         start = noise.double().flatten().cpu().numpy()
-        try:
-            solution = solve_ivp(slope, (1.0, 0.0), start, method="RK45", rtol=1e-5, atol=1e-5, t_eval=[0.0])
-        except FloatingPointError:
-            return torch.full_like(noise, math.nan)
+        solution = solve_ivp(slope, (1.0, 0.0), start, method="RK45", rtol=1e-5, atol=1e-5, t_eval=[0.0])
         return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
 
 
@@ -511,7 +508,7 @@ def draw_shapes(n, seed, side):
 
 
 def open_image(path):
-    """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
+    """A picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
     with told(f"{path} is not an image that Pillow reads, or too large"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=FORMATS) as image:
@@ -529,12 +526,12 @@ def load_image(path, resolution):
     """Box-halve, resize, center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     image = open_image(path)
     while min(image.size) >= 2 * resolution:
-        image = image.reduce(2)
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
     scale = resolution / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution))).transpose(2, 0, 1)
+    return np.asarray(image)[top:, left:][:resolution, :resolution].transpose(2, 0, 1)
 
 
 def list_images(root, split):
@@ -655,17 +652,17 @@ def augment(x0, params):
         return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
 
     # The map from output to input pixels, origin at the centre, x right and y down: A p + b. [EDM] Tab. 6
-    squeeze = torch.diag_embed(torch.stack([2 ** (-0.2 * w), 2 ** (0.2 * w)], dim=1))
+    squeeze = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
     A = rotation(theta) @ rotation(-r) @ squeeze @ rotation(r) * 2 ** (-0.2 * scale).view(-1, 1, 1)
     b = -(A @ (0.125 * S * torch.stack([tx, ty], dim=1))[:, :, None])  # (B, 2, 1)
 
-    # Canvas pixel p of the doubled grid takes its value at 2 (A p / 2 + b), with half-pixel centres.
+    # Image point c lies at 2 c - 1/2 of the doubled grid, whose pixel p takes its value at q.
     side, n = 2 * S + 12, len(up)
     axis = torch.arange(side, device=device) + 0.5 - side / 2
     p = torch.stack(torch.meshgrid(axis, axis, indexing="xy")).view(1, 2, -1)  # (1, 2, side^2), x first
     q = 2 * (A @ ((p + 0.5) / 2) + b) - 0.5
     grid = (q * 2 / n).transpose(1, 2).view(-1, side, side, 2)
-    canvas = F.grid_sample(up @ x0 @ up.T, grid, padding_mode="zeros", align_corners=False)
+    canvas = F.grid_sample(up @ x0 @ up.T, grid, align_corners=False)
     return down @ canvas @ down.T
 
 
@@ -724,7 +721,7 @@ class Projector(nn.Module):
         for p in self.time.parameters() if emb_dim else ():
             nn.init.zeros_(p)
 
-    def forward(self, x, e_t):
+    def forward(self, x, e_t=None):
         """(B, dims[0]), (B, emb_dim) -> (B, dims[-1]) float32."""
         for k, (linear, norm) in enumerate(zip(self.linear, self.norm, strict=True)):
             x = norm(linear(x))
@@ -746,7 +743,7 @@ class MoCoHead(nn.Module):
 
     def forward(self, feat, e_t):
         """feat (B, D), e_t (B, E) -> q (B, 256)."""
-        return self.predictor(self.projector(feat, e_t), e_t)
+        return self.predictor(self.projector(feat, e_t))
 
 
 def moco_loss(q, k, temperature=0.2):
@@ -767,7 +764,7 @@ def moco_loss(q, k, temperature=0.2):
 
 # ---- 7. Run utilities --------------------------------------------------------
 def fail(message, status=2):
-    """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
+    """One line on stderr, then exit. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
     tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # above an open bar
     raise SystemExit(status)
@@ -834,8 +831,8 @@ def load_weights(net, path):
     with told(f"--init {path} does not fit this network"):
         for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
-        prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
-        state = {k.removeprefix(prefix): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        prefix = next((k[: -len(anchor)] for k in [*state][::-1] if k.endswith(anchor)), "")  # ema_pytorch's is last
+        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, torch.Tensor)}
         missing, odd = net.load_state_dict(state, strict=False)
         odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
         if odd:
@@ -867,7 +864,7 @@ def load_run(path, parts):
 def claim(out):
     """Lock the folder of a run; it dies with its process. Clears what a kill left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
-    with told(f"--out {out}: another job is writing there", Timeout):
+    with told(f"{out}: another job is writing there", Timeout):
         lock.acquire()
     for path in Path(out).glob("*.tmp"):
         path.unlink()
@@ -887,7 +884,7 @@ def start_run(args, net, step, about):
 
 def all_finite(stats, run):
     """A step's numbers averaged over ranks; a diverged run ends here, unsaved."""
-    values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
+    values = RankMean.apply(torch.stack([*stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
         fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
@@ -932,7 +929,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="(default: runs/<from the flags>)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    add("--resume", action="store_true", help="go on from last.pt; with --out its flags")
     add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
@@ -1051,12 +1048,12 @@ def main(args):
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
-    # 2. Data: on the device, unless they would fill half of it.
+    # 2. Data: on the device, unless they would fill a third of it.
     nothing = *torch.empty(2, 1).expand(2, args.batch), []
     images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
-    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
@@ -1068,7 +1065,7 @@ def main(args):
     if args.init and not args.resume:
         load_weights(net, args.init)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
+    bf16 = torch.cuda.is_bf16_supported(False) if cuda else bf16
     amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
@@ -1101,11 +1098,11 @@ def main(args):
     while step < end and not stop:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
         #    the whole batch and keep their rows.
-        epoch, first = divmod(step, per_epoch)
-        if order is None or first == 0:
+        epoch, nth = divmod(step, per_epoch)
+        if order is None or nth == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
-        rows = order[first * args.batch :][: args.batch]
+        rows = order[nth * args.batch :][: args.batch]
         generator.manual_seed(seeded(args.seed, 0, step))
         torch.manual_seed(seeded(args.seed, 1, step, rank))  # for dropout
         drawn = [draw_numbers(args.batch, net.shape, diffusion, generator) for _ in range(2 if head else 1)]
@@ -1124,7 +1121,7 @@ def main(args):
                 loss, found = ddp(*views[0], key)  # x0, level, noise, y, aug, key
             scaler.scale(loss / args.accum).backward()
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
-        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for short runs.
+        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, not as [DDAE]'s.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]
         stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # skipped
@@ -1140,10 +1137,9 @@ def main(args):
         # 4. Report and save.
         bar.update()
         epoch = step // per_epoch
-        keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
-        if world > 1 and os.getppid() != launcher:
-            signals.append(signal.SIGTERM)
-        wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
+        keep = step == total or step % per_epoch == 0 and epoch % args.save_every == 0
+        orphan = signal.SIGTERM * (world > 1 and os.getppid() != launcher)
+        wanted = torch.tensor([max(*signals, orphan), time.time() - saved > SAVE_SECONDS])
         if world > 1:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: no wait for the GPU
         stop, due = wanted.tolist()
@@ -1164,6 +1160,7 @@ def main(args):
             bar.set_description()
     bar.close()
     if world > 1:
+        del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
         print(f"wrote {last}; next: " + ("the same command with --resume" if stop else f"python probe.py {args.out}"))

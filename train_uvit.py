@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 # width, depth, heads. S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours
 SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
-# [P] Tab. 11, EMA Tab. 8; head: [MoCo]'s for ViTs
+# [P] Tab. 11, EMA Tab. 8; head: [MoCo]'s
 PAPER = {"epochs": 2000, "batch": 256, "lr": 4e-4, "warmup": 13, "ema": 0.9999, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512}  # ours, measured
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64
@@ -116,7 +116,7 @@ class UViTBlock(nn.Module):
 
 
 class UViT(nn.Module):
-    """U-ViT: label, time, image patches as tokens, long skips, a convolution at the end. [UViT], [P]
+    """U-ViT: label, time, image patches as tokens, long skips, a last convolution. [UViT], [P]
 
     resolution, patch: sides. classes, aug_dim (length of the augmentation label): 0 for none. layer: block of the
     feature, in_1 .. mid .. out_n. target: "cls", or "gap", the mean of the image tokens.
@@ -213,11 +213,10 @@ class UViT(nn.Module):
 
     def pool(self, h, kind):
         """(B, N, D) -> (B, D) float32: "gap", mean of the image tokens; "token", a random one; "cls"."""
-        h = h.float()
-        if kind == "gap":
-            return h[:, -self.length :].mean(dim=1)
-        some = torch.randint(-self.length, 0, (len(h),), device=h.device)
-        return h[torch.arange(len(h), device=h.device), some if kind == "token" else 0]
+        if kind == "cls":
+            return h[:, 0].float()
+        h, image = h[:, -self.length :].float(), torch.arange(len(h), device=h.device)
+        return h.mean(1) if kind == "gap" else h[image, torch.randint(self.length, image.shape, device=h.device)]
 
     def features(self, x, t, y=None, pool="gap", last=None):
         """Outputs of the blocks up to `last`, see pool: {name: (B, D)}."""
@@ -236,7 +235,7 @@ class UViT(nn.Module):
 # ---- 4. Diffusion formulation ------------------------------------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
-    level = level if isinstance(level, torch.Tensor) else torch.full((len(x),), level, device=x.device)
+    level = level if isinstance(level, torch.Tensor) else x.new_full((len(x),), level)
     if level.shape != x.shape[:1]:
         raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
@@ -266,7 +265,7 @@ class DDPM(Formulation):
         self.time_scale = time_scale  # network time per step
         betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)  # (1001,), a_t^2
-        # DEVIATION: the table that [P]'s ancestors sample with has no clean step 0
+        # DEVIATION: sampling uses [DDAE]'s own table, which has no clean step 0
         ddim = (1 - torch.linspace(1e-4, 0.02, 1001)).log().cumsum(0).exp()
         self.register_buffer("alphabar_ddim", ddim, persistent=False)
 
@@ -285,12 +284,12 @@ class DDPM(Formulation):
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
         """Mean squared error on the noise; (feat, e_t) of net.encode."""
-        eps_hat, *feat = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
-        return F.mse_loss(eps_hat.float(), noise), feat
+        eps_hat, *more = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
+        return F.mse_loss(eps_hat.float(), noise), more
 
     def sample(self, net, noise, steps=100, y=None):
-        """DDIM with eta 0; x0 is clipped to [-1, 1] as [DDAE] does. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
-        x, times = noise, list(range(1, 1001, 1000 // min(steps, 1000)))[::-1] + [0]
+        """DDIM, eta 0, at least `steps` steps; clips x0 as [DDAE]. [DDIM] Eq. 12. noise (B, C, H, W) -> x0."""
+        x, times = noise, [0, *range(1, 1001, 1000 // min(steps, 1000))][::-1]
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             a, a_next = self.alphabar_ddim[t], self.alphabar_ddim[t_next]
             eps_hat = net(x, torch.full((len(x),), t * self.time_scale, device=x.device), y).float()
@@ -321,7 +320,7 @@ def draw_shapes(n, seed, side):
 
 
 def open_image(path):
-    """Any picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
+    """A picture as Pillow's RGB: upright, 8 bits, on white where it is transparent."""
     with told(f"{path} is not an image that Pillow reads, or too large"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=FORMATS) as image:
@@ -339,12 +338,12 @@ def load_image(path, resolution):
     """Box-halve, resize, center-crop, as in ADM: uint8 (3, resolution, resolution)."""
     image = open_image(path)
     while min(image.size) >= 2 * resolution:
-        image = image.reduce(2)
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
     scale = resolution / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution))).transpose(2, 0, 1)
+    return np.asarray(image)[top:, left:][:resolution, :resolution].transpose(2, 0, 1)
 
 
 def list_images(root, split):
@@ -466,17 +465,17 @@ def augment(x0, params):
         return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
 
     # The map from output to input pixels, origin at the centre, x right and y down: A p + b. [EDM] Tab. 6
-    squeeze = torch.diag_embed(torch.stack([2 ** (-0.2 * w), 2 ** (0.2 * w)], dim=1))
+    squeeze = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
     A = rotation(theta) @ rotation(-r) @ squeeze @ rotation(r) * 2 ** (-0.2 * scale).view(-1, 1, 1)
     b = -(A @ (0.125 * S * torch.stack([tx, ty], dim=1))[:, :, None])  # (B, 2, 1)
 
-    # Canvas pixel p of the doubled grid takes its value at 2 (A p / 2 + b), with half-pixel centres.
+    # Image point c lies at 2 c - 1/2 of the doubled grid, whose pixel p takes its value at q.
     side, n = 2 * S + 12, len(up)
     axis = torch.arange(side, device=device) + 0.5 - side / 2
     p = torch.stack(torch.meshgrid(axis, axis, indexing="xy")).view(1, 2, -1)  # (1, 2, side^2), x first
     q = 2 * (A @ ((p + 0.5) / 2) + b) - 0.5
     grid = (q * 2 / n).transpose(1, 2).view(-1, side, side, 2)
-    canvas = F.grid_sample(up @ x0 @ up.T, grid, padding_mode="zeros", align_corners=False)
+    canvas = F.grid_sample(up @ x0 @ up.T, grid, align_corners=False)
     return down @ canvas @ down.T
 
 
@@ -535,7 +534,7 @@ class Projector(nn.Module):
         for p in self.time.parameters() if emb_dim else ():
             nn.init.zeros_(p)
 
-    def forward(self, x, e_t):
+    def forward(self, x, e_t=None):
         """(B, dims[0]), (B, emb_dim) -> (B, dims[-1]) float32."""
         for k, (linear, norm) in enumerate(zip(self.linear, self.norm, strict=True)):
             x = norm(linear(x))
@@ -557,7 +556,7 @@ class MoCoHead(nn.Module):
 
     def forward(self, feat, e_t):
         """feat (B, D), e_t (B, E) -> q (B, 256)."""
-        return self.predictor(self.projector(feat, e_t), e_t)
+        return self.predictor(self.projector(feat, e_t))
 
 
 def moco_loss(q, k, temperature=0.2):
@@ -578,7 +577,7 @@ def moco_loss(q, k, temperature=0.2):
 
 # ---- 7. Run utilities --------------------------------------------------------
 def fail(message, status=2):
-    """One line on stderr, exit status 2. Rank 0 speaks; torchrun ends the others meanwhile."""
+    """One line on stderr, then exit. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
     tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)  # above an open bar
     raise SystemExit(status)
@@ -645,8 +644,8 @@ def load_weights(net, path):
     with told(f"--init {path} does not fit this network"):
         for key in ("ema", "EMA", "model", "MODEL", "state_dict"):
             state = state[key] if isinstance(state.get(key), dict) else state
-        prefix = next((k[: -len(anchor)] for k in state if k.endswith(anchor)), "")
-        state = {k.removeprefix(prefix): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        prefix = next((k[: -len(anchor)] for k in [*state][::-1] if k.endswith(anchor)), "")  # ema_pytorch's is last
+        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, torch.Tensor)}
         missing, odd = net.load_state_dict(state, strict=False)
         odd += [k for k in missing if not k.startswith(ADDED)] + [k for k, v in state.items() if not v.isfinite().all()]
         if odd:
@@ -678,7 +677,7 @@ def load_run(path, parts):
 def claim(out):
     """Lock the folder of a run; it dies with its process. Clears what a kill left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
-    with told(f"--out {out}: another job is writing there", Timeout):
+    with told(f"{out}: another job is writing there", Timeout):
         lock.acquire()
     for path in Path(out).glob("*.tmp"):
         path.unlink()
@@ -698,7 +697,7 @@ def start_run(args, net, step, about):
 
 def all_finite(stats, run):
     """A step's numbers averaged over ranks; a diverged run ends here, unsaved."""
-    values = RankMean.apply(torch.stack([value.float() for value in stats.values()])).tolist()
+    values = RankMean.apply(torch.stack([*stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
         fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
@@ -719,6 +718,7 @@ def save_grid(args, ema, diffusion, device, epoch):
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.set_defaults(model="ddpm")
     add = parser.add_argument_group("model, augmentation, contrast").add_argument
     add("--size", choices=[*SIZES], default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
     add("--cls-token", action="store_true", help="self-conditioning")
@@ -737,21 +737,20 @@ def parse_args(argv=None):
     add("--epochs", type=int, help="(default: 2000; tiny 8)")
     add("--batch", type=int, help="over all ranks (default: 256; tiny 16)")
     add("--accum", type=int, default=1, help="passes per batch (default: 1)")
-    add("--lr", type=float, help="after 13 epochs (default: 4e-4; tiny 2e-3)")
+    add("--lr", type=float, help="after warm-up (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="decay per step (default: 0.9999, tiny 0.999)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="(default: runs/<from the flags>)")
-    add("--resume", action="store_true", help="go on from OUT/last.pt, with its flags")
+    add("--resume", action="store_true", help="go on from last.pt; with --out its flags")
     add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = read_flags(parser, argv)
 
-    args.model = "ddpm"  # [P] Tab. 9
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
     defaults = PAPER | (TINY if args.size == "tiny" else {}) | {
         "resolution": resolution, "patch": max(2, resolution // 16), "aug": 0.12 if args.cl > 0 else 0.0,
@@ -765,7 +764,7 @@ def build(args):
     """Untrained (UViT, DDPM), on the CPU."""
     net = UViT(args.resolution, args.patch, *SIZES[args.size], classes=args.cond and max(args.cond, len(args.classes)),
                aug_dim=9 * (args.aug > 0), layer=args.layer, cls_token=args.cls_token, target=args.cl_target)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # NaNs near 257 tokens: pytorch #169849, #196678
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaNs near 257 tokens: pytorch #169849
     return net, DDPM(time_scale=0.999)  # [UViT]: t in [0, 1000)
 
 
@@ -864,12 +863,12 @@ def main(args):
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
-    # 2. Data: on the device, unless they would fill half of it.
+    # 2. Data: on the device, unless they would fill a third of it.
     nothing = *torch.empty(2, 1).expand(2, args.batch), []
     images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
-    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+    if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch
     total = args.epochs * per_epoch
@@ -881,7 +880,7 @@ def main(args):
     if args.init and not args.resume:
         load_weights(net, args.init)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
+    bf16 = torch.cuda.is_bf16_supported(False) if cuda else bf16
     amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), amp != "off")
     head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
@@ -914,11 +913,11 @@ def main(args):
     while step < end and not stop:
         # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
         #    the whole batch and keep their rows.
-        epoch, first = divmod(step, per_epoch)
-        if order is None or first == 0:
+        epoch, nth = divmod(step, per_epoch)
+        if order is None or nth == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(images.device)
-        rows = order[first * args.batch :][: args.batch]
+        rows = order[nth * args.batch :][: args.batch]
         generator.manual_seed(seeded(args.seed, 0, step))
         torch.manual_seed(seeded(args.seed, 1, step, rank))  # for dropout
         drawn = [draw_numbers(args.batch, net.shape, diffusion, generator) for _ in range(2 if head else 1)]
@@ -937,7 +936,7 @@ def main(args):
                 loss, found = ddp(*views[0], key)  # x0, level, noise, y, aug, key
             scaler.scale(loss / args.accum).backward()
             stats = {name: stats.get(name, 0) + value.detach() / args.accum for name, value in found.items()}
-        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, for short runs.
+        # 3. Update the weights, then their average. UNSPECIFIED: its decay warms up, not as [DDAE]'s.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0, foreach=True)  # [DDAE]
         stats["grad_norm"] = grad_norm.nan_to_num(0, 0) if amp == "fp16" else grad_norm  # skipped
@@ -953,10 +952,9 @@ def main(args):
         # 4. Report and save.
         bar.update()
         epoch = step // per_epoch
-        keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
-        if world > 1 and os.getppid() != launcher:
-            signals.append(signal.SIGTERM)
-        wanted = torch.tensor([max(signals), time.time() - saved > SAVE_SECONDS])
+        keep = step == total or step % per_epoch == 0 and epoch % args.save_every == 0
+        orphan = signal.SIGTERM * (world > 1 and os.getppid() != launcher)
+        wanted = torch.tensor([max(*signals, orphan), time.time() - saved > SAVE_SECONDS])
         if world > 1:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)  # on the host: no wait for the GPU
         stop, due = wanted.tolist()
@@ -977,6 +975,7 @@ def main(args):
             bar.set_description()
     bar.close()
     if world > 1:
+        del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
         print(f"wrote {last}; next: " + ("the same command with --resume" if stop else f"python probe.py {args.out}"))

@@ -62,6 +62,16 @@ def test_center_crop_and_resize(tmp_path):
     assert (inner - torch.tensor([[200.0], [100.0], [50.0]])).abs().max() <= 12  # bicubic rings a little at the edges
 
 
+def test_odd_sides_are_halved_downwards(tmp_path):
+    """15 pixels become 7, as in ADM: each the mean of those whose centres lie in its 15 / 7."""
+    ramp = np.broadcast_to(16 * np.arange(15, dtype=np.uint8)[None, :, None], (15, 15, 3))
+    (tmp_path / "mine/train/a").mkdir(parents=True)
+    Image.fromarray(ramp).save(tmp_path / "mine/train/a/0.png")
+    images, _, _ = T.load_data(args(tmp_path, resolution=7), "train")
+    want = [np.mean([16 * x for x in range(15) if i * 15 / 7 < x + 0.5 < (i + 1) * 15 / 7]) for i in range(7)]
+    assert (images[0].float() - torch.tensor(want)).abs().max() <= 1
+
+
 def test_tiny_imagenet_layout(tmp_path):
     root = tmp_path / "tiny-imagenet"
     for wnid in ("n01", "n02"):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -335,7 +336,7 @@ def cached(pictures, tmp_path_factory):
 def test_cache_holds_what_was_promised(pictures, cached):
     """Bytes, both flips, draws from the posterior, normalised, and the way back to pixels."""
     folder = pictures[0] / cached.name
-    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "test.labels.npy", "test.npy",
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["meta.json", "test.labels.npy", "test.npy",
                                                               "train.labels.npy", "train.npy"]  # fmt: skip
     assert (folder / "train.npy").stat().st_size == 128 + 2 * 150 * 2 * 4 * 2 * 2  # numpy's header, float16
     args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(folder)])
@@ -424,15 +425,16 @@ def test_a_full_disk_is_said_at_the_start(pictures, tmp_path, capsys, monkeypatc
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(D.os, "posix_fallocate", full)
+    rooms = []
+    monkeypatch.setattr(D.os, "posix_fallocate", lambda *room: full() if rooms else rooms.append(room))  # train fits
     monkeypatch.setattr(D, "load_image", None)  # none is read
     args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(tmp_path / "c")])
     with pytest.raises(SystemExit) as stop:
         D.load_data(args, "train")
     captured = capsys.readouterr()
     assert stop.value.code == 2 and "150 images x 2 flips" in captured.out
-    assert captured.err.count("\n") == 1 and "no room for 9.6e-06 GB" in captured.err
-    assert not list((tmp_path / "c").iterdir())
+    assert captured.err.count("\n") == 1 and "no room for 1.28e-06 GB" in captured.err
+    assert not list((tmp_path / "c").glob("*part*")) and not (tmp_path / "c/meta.json").exists()
 
 
 def test_room_on_disk_is_really_taken(pictures, tmp_path, monkeypatch):
@@ -455,6 +457,37 @@ def test_latents_that_are_not_finite_are_refused(pictures, tmp_path, capsys, mon
     with pytest.raises(SystemExit) as stop:
         cache(pictures, tmp_path, "--latent-stats", str(tmp_path / "stats.pt"), "--max-steps", "1")
     assert stop.value.code == 2 and "infinity or NaN" in capsys.readouterr().err
+
+
+def test_one_job_at_a_time_makes_a_cache(pictures, tmp_path, capsys):
+    _lock = D.claim(pictures[0] / tmp_path.name)
+    with pytest.raises(SystemExit) as stop:
+        cache(pictures, tmp_path, "--max-steps", "1")
+    assert stop.value.code == 2 and "another job is writing there" in capsys.readouterr().err
+
+
+def test_a_cache_may_be_larger_than_memory(cached, pictures, tmp_path):
+    """10 GB, nearly all a hole of the file; a limit of what a process may map for writing stands for full memory."""
+    folder = tmp_path / "large"
+    shutil.copytree(pictures[0] / cached.name, folder)
+    large = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (150, 2, 4, 2048, 2048))
+    large[149, 1, 3, 2047, 2047], large = 7, None
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, before[1]))
+    try:
+        images, _, _ = D.load_data(D.parse_args([*TINY, *pictures[1], "--cache-latents", str(folder)]), "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert images.nbytes > 2**33 and images[149, 1, 3, 2047, 2047] == 7
+
+
+def test_a_run_goes_on_without_the_vae_whose_work_is_done(cached, pictures, tmp_path):
+    flags = [*pictures[1][:-1], str(tmp_path / "vae.pt"), "--cache-latents", str(pictures[0] / cached.name)]
+    shutil.copy(pictures[1][-1], tmp_path / "vae.pt")
+    train(tmp_path / "a", *flags, "--max-steps", "1")
+    (tmp_path / "vae.pt").unlink()
+    train(tmp_path / "a", *flags, "--max-steps", "2", "--resume")
+    assert metrics(tmp_path / "a")[-1]["step"] == 2
 
 
 def test_two_ranks_make_the_same_cache_and_the_same_steps(pictures, tmp_path):

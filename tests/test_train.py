@@ -246,10 +246,17 @@ def test_defaults_are_the_papers(flags, want):
     assert {k: args[k] for k in want} == want
 
 
-def test_init_takes_public_names_and_wrapped_ones(tmp_path):
+@pytest.mark.parametrize("kind", ["MODEL", "EMA"])
+def test_init_takes_public_names_and_wrapped_ones(tmp_path, kind):
+    """As [DDAE] saves them: behind DDP's prefix; and as ema_pytorch keeps them, the average beside the trained ones."""
     torch.manual_seed(0)
     source, _ = T.build(T.parse_args(TINY))
-    torch.save({"MODEL": {f"module.net.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pt")
+    weights = {f"module.net.{k}": v for k, v in source.state_dict().items()}
+    if kind == "EMA":
+        trained = {f"online_model.{k}": v + 1 for k, v in source.state_dict().items()}
+        average = {f"ema_model.{k}": v for k, v in source.state_dict().items()}
+        weights = {"initted": torch.tensor(True), "step": torch.tensor(3)} | trained | average
+    torch.save({kind: weights, "MODEL": weights}, tmp_path / "w.pt")
     target, _ = T.build(T.parse_args([*TINY, "--self-cond", "--aug", "0.1"]))
     T.load_weights(target, tmp_path / "w.pt")
     for k, v in source.state_dict().items():

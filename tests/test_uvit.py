@@ -325,6 +325,11 @@ def test_label_decides_what_is_sampled(tmp_path):
     assert seen[:2] == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 1]]
 
 
+def test_a_run_is_named_after_the_flags_that_were_given():
+    args = V.parse_args("--dataset cifar100 --cls-token --cl 0.01 --save-every 5".split())
+    assert args.out == "runs/cifar100-uvit-S-cls-token-cl-0.01"
+
+
 def test_init_makes_a_checkpoint_of_public_weights(tmp_path):
     """Official names in, with --max-steps 0 a checkpoint for the tools out, [CLS] added or not."""
     torch.manual_seed(1)
