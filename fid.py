@@ -44,7 +44,7 @@ from train_unet import fail, open_image, read_checkpoint, setup_distributed, tol
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA = "6726825d"  # how the file's sha256 begins
-LEAST, USUAL = 2048, 50_000  # images: fewer make the covariance singular; fewer make FID higher than published ones
+LEAST, USUAL = 2048, 50_000  # images: fewer cannot fill the covariance; fewer make FID higher than published ones
 
 
 # ---- 1. Inception-v3 of 2015-12-05 -------------------------------------------

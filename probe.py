@@ -299,7 +299,7 @@ def heldout_loss(model, args, device, earlier=()):
     args, result = protocol_defaults(args, model, test, device)
     model.diffusion.uncertainty = None  # EDM's learned weight belongs to training
     order = torch.randperm(len(test.labels), generator=stream_generator("cpu", args.seed, ORDER, 0))
-    blocks, (rank, world) = order.tensor_split(math.ceil(len(order) / 25)), ranks()
+    blocks, (rank, world) = order.tensor_split(max(2, math.ceil(len(order) / 25))), ranks()
     losses = torch.zeros(len(args.t), len(blocks), dtype=torch.float64, device=device)
     for b in tqdm(range(rank, len(blocks), world), desc="loss", leave=False, disable=rank > 0):
         x0 = test.x0(blocks[b].to(device), None)  # (B, C, H, W)
@@ -347,9 +347,10 @@ def plot_lines(title, settings, *panels):
 
 def plot_probes(results):
     """Accuracy over layers: lines for several poolings, else maps of each run's epochs, or a checkpoint's levels."""
-    maps = {}  # {(folder, name, layers): {column: accuracy of each layer}}
+    maps = {}  # {(folder, name, axis, layers): {column: accuracy of each layer}}
     one_level = all(len(r["levels"]) == 1 for r in results)
-    title = results[0]["dataset"] + (f", {results[0]['axis'][0]} = {results[0]['levels'][0]:g}" if one_level else "")
+    alike = one_level and len({(r["axis"], *r["levels"]) for r in results}) == 1
+    title = results[0]["dataset"] + (f", {results[0]['axis'][0]} = {results[0]['levels'][0]:g}" if alike else "")
     if any(len(r["pools"]) > 1 for r in results):
         lines = [(f"{r['name']}, {pool}", r["layers"], [cell["linear"] for cell in r["cells"] if cell["pool"] == pool])
                  for r in results for pool in r["pools"]]  # fmt: skip
@@ -358,21 +359,21 @@ def plot_probes(results):
         run, columns = Path(r["checkpoint"]).absolute().parent, [r["epoch"]] if one_level else r["levels"]
         rows = np.reshape([cell["linear"] for cell in r["cells"] if cell["pool"]], (len(columns), -1))
         name = run.name if one_level else r["name"]
-        maps.setdefault((run, name, *r["layers"]), {}).update(zip(columns, rows, strict=True))
+        maps.setdefault((run, name, r["axis"], *r["layers"]), {}).update(zip(columns, rows, strict=True))
     values = [np.stack([*columns.values()], 1) for columns in maps.values()]  # each (L, columns)
     low, high = min(map(np.min, values)), max(map(np.max, values))
     size = 1.5 + sum(1 + 0.5 * len(columns) for columns in maps.values()), max(3, 1.5 + 0.35 * len(values[0]))
     figure = Figure(size, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, ((_, name, *layers), columns), value in zip(panels, maps.items(), values, strict=True):
+    for axes, ((_, name, axis, *layers), columns), value in zip(panels, maps.items(), values, strict=True):
         image = axes.imshow(value, aspect="auto", vmin=low, vmax=high)
         for (y, x), v in np.ndenumerate(value):
             color = "white" if v < (low + high) / 2 else "black"
             axes.text(x, y, f"{v:.1f}", ha="center", va="center", color=color, size=8)
         axes.set_yticks(range(len(layers)), layers)
         axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
-        axes.set_xlabel("epoch" if one_level else results[0]["axis"])
+        axes.set_xlabel("epoch" if one_level else axis)
         axes.set_title(name, size=9)
     figure.colorbar(image, ax=panels, label=ACCURACY)
     return figure
@@ -483,7 +484,7 @@ def main(args):
     results = []
     if len(args.paths) > 1:  # mistakes show first
         models = (load(path, args, "cpu") for path in args.paths)
-        kinds = {(m.args.model, args.dataset or m.args.dataset, m.net.shape) for m in models}
+        kinds = {(type(m.diffusion).__name__, args.dataset or m.args.dataset, m.net.shape) for m in models}
         if args.loss and len(kinds) > 1:
             fail(f"{' and '.join(args.paths)} differ in formulation, data set or resolution")
     for path in args.paths:

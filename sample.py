@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from train_unet import fail, read_checkpoint, setup_distributed, told
 
-TROUBLE = OSError, MemoryError, torch.OutOfMemoryError  # what a tool tells in one line
+TROUBLE = OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError  # what a tool tells in one line
 SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # the only code that a checkpoint may name
 BLOCK = 256  # images that are solved as one ODE: RK45 picks its steps for all of them, so this is fixed
 TILE, MOST_COLUMNS = 64, 20  # pictures: least side of a tile; with more classes a class has no column
@@ -85,9 +85,10 @@ def load_checkpoint(path, device="cpu"):
         check_flags(args, net, diffusion)
         net, diffusion = script.build(args)
         net.load_state_dict(state["ema"])
-        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
-        net.to(device, memory_format=layout).eval().requires_grad_(False)
-        return Model(path, script, args, net, diffusion.to(device).eval(), int(state["epoch"]), int(state["step"]))
+        epoch, step = int(state["epoch"]), int(state["step"])
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+    net.to(device, memory_format=layout).eval().requires_grad_(False)
+    return Model(path, script, args, net, diffusion.to(device).eval(), epoch, step)
 
 
 def class_labels(indices, classes, labels, seed):
@@ -156,7 +157,7 @@ def draw_grid(images, columns, names):
 
 def add_sampling_flags(add):
     """The flags of generate, which fid.py has as well; add is an add_argument."""
-    add("--steps", type=int, help="sampler steps; None: DDIM 100, Heun 18, RF adaptive (no steps), DiT 250")
+    add("--steps", type=int, help="steps; None: DDIM 100 (divisors of 1000), Heun 18, RF adaptive (no steps), DiT 250")
     add("--labels", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (i modulo all), random or numbers")
     add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off; None: 1.5, [P] Tab. 8")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its times; None: 0 0.89, [P] Tab. 8")
@@ -164,7 +165,7 @@ def add_sampling_flags(add):
     add("--seed", type=int, default=0, help="of the set; image i depends on (seed, i) only")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="bf16 moves DDIM's pixels by up to 18 of 255")
     add("--compile", action=argparse.BooleanOptionalAction, help=f"None: on a GPU, for more than {8 * BLOCK} images")
-    add("--batch", type=int, default=256, help="images per network evaluation and rank")
+    add("--batch", type=int, default=BLOCK, help=f"images per network evaluation and rank, at most {BLOCK}")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
 
 
@@ -197,6 +198,8 @@ def parse_args(argv=None):
     args.out = args.out or (first if os.path.isdir(first) else first.parent) / "samples.png"
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
+    if args.out.suffix in (".jpg", ".jpeg", ".webp"):
+        parser.error("pictures are PNG: give --out FILE.png, FILE.npz or a new folder")
     return args
 
 

@@ -129,7 +129,7 @@ def profile(script, flags, steps):
     with profiler.profile(schedule=schedule) as seen:
         script.learning_rate = lambda *args: seen.step() or rate(*args)  # called once a step
         train(script, flags, steps)
-    order = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+    order = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
 
 

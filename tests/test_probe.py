@@ -289,6 +289,13 @@ def test_a_cell_does_not_depend_on_the_rest_of_the_grid(run):
     assert grid[-1] == alone[0]
 
 
+def test_the_best_cell_is_that_of_the_heads_and_of_the_network():
+    """Neither the nearest neighbours' best nor raw pixels, unless there is nothing else."""
+    pixels = {"level": None, "linear": 75.0, "knn": 80.0}
+    cells = [{"level": 11, "linear": linear, "knn": knn} for linear, knn in ((30.0, 20.0), (40.0, 10.0), (35.0, 50.0))]
+    assert probe.best_cell([*cells, pixels]) is cells[1] and probe.best_cell([pixels]) is pixels
+
+
 def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
     results = call(run / "epoch_2.pt", run / "epoch_1.pt")
     lines = capsys.readouterr().out.splitlines()
@@ -520,6 +527,28 @@ def test_layer_epoch_maps_run_beside_run(two_runs, figures):
         assert np.array_equal(axes.images[0].get_array().T, want) and axes.get_title() == name
         assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"] and axes.get_xlabel() == "epoch"
         assert [text.get_text() for text in axes.get_yticklabels()] == results[0]["layers"]
+
+
+def test_each_map_has_its_own_axis(run, figures):
+    """Steps of DDPM beside sigmas of EDM; the title tells no level that is one of them alone."""
+    call(run / "epoch_1.pt", run / "edm.pt", "--grid", "--subset", "30", "--epochs", "1")
+    assert [axes.get_xlabel() for axes in figures[0].axes[:2]] == [probe.GRIDS[kind][0] for kind in ("ddpm", "edm")]
+    call(run / "epoch_1.pt", run / "edm.pt", "--subset", "30", "--epochs", "1")
+    assert figures[1].get_suptitle() == "mini"
+
+
+def test_losses_of_two_formulations_are_not_paired(run, tmp_path, capsys):
+    """DiT's rectified flow has a cosine term, the UNet's has none."""
+    for name, script, flags in ("rf", train_unet, ["--model", "rf", "--backbone", "tiny"]), ("dit", train_dit, []):
+        flags += ["--dataset", "mini", "--data", str(run / "data"), "--resolution", "16", "--epochs", "1"]
+        args = script.parse_args([*flags, *(["--size", "tiny"] if name == "dit" else []), "--out", str(tmp_path)])
+        state = {"script": script.__name__, "args": vars(args), "ema": script.build(args)[0].state_dict()}
+        torch.save(state | {"epoch": 1, "step": 9}, tmp_path / f"{name}.pt")
+    with pytest.raises(SystemExit):
+        call(tmp_path / "rf.pt", tmp_path / "dit.pt", "--loss", "--t", "0.5")
+    assert "differ in formulation" in capsys.readouterr().err
+    (result,) = call(tmp_path / "dit.pt", "--loss", "--t", "0.5", "--subset", "20")
+    assert result["loss_se"][0] > 0  # two blocks are the least
 
 
 def test_one_layer_over_epochs(two_runs, figures):
