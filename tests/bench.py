@@ -2,7 +2,7 @@
 
 Takes the script's own flags, and --steps N (default 40, the first quarter warms up). Runs its main, with data, pictures
 and checkpoints left out: img/s (on a CPU of its own time, which others on the machine disturb less), model FLOPs, their
-share of the matrix rate reached in the same run, peak memory. --profile lists five steps' operations by time.
+share of the matrix rate reached in the same run, on a GPU peak memory. --profile lists five steps' operations by time.
 
     python tests/bench.py --table [NAME ...]   # of TINY or PAPER below (default: all)
 
@@ -16,11 +16,10 @@ sample.py, eager and compiled, float32 and bf16; probe.py, a cell and grids; fid
 """
 
 import contextlib
-import functools
 import gc
 import importlib
 import json
-import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,6 @@ import torch
 from torch import profiler
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -83,56 +81,6 @@ def kept_bytes(script, args):
     return (many - few) / 2
 
 
-def train(script, flags, steps):
-    """Run main: median img/s of the intervals after the warm-up, peak memory in bytes."""
-    cuda = torch.cuda.is_available() and "cpu" not in flags
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        args = script.parse_args([*flags, "--out", f"{out}/run", "--max-steps", str(steps)])
-        script.load_data = lambda args, split: random_data(script, args, 16 * args.batch)
-        script.save_grid = script.save_run = lambda *args, **kwargs: None
-        script.LOG_EVERY = max(1, steps // 8)
-        torch.compiler.reset()  # or a second network is compiled for batches of any size
-        gc.collect()  # compiled networks refer to themselves
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            script.time = SimpleNamespace(time=time.thread_time)
-        script.main(args)
-        lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return statistics.median(line["img_per_s"] for line in lines if line["step"] > steps // 4), peak
-
-
-def time_runs(script, flags, variants, steps, rounds=1):
-    """Run the variants in turn and print a line for each, by its fastest run; returns the first one's peak memory."""
-    runs = [[train(script, [*flags, *variant], steps) for variant in variants] for _ in range(rounds)]
-    speeds, cuda = [max(run[i][0] for run in runs) for i in range(len(variants))], torch.cuda.is_available()
-    low = cuda or torch.cpu.get_capabilities().get("avx512_bf16")  # what --amp auto takes
-    size, dtype = 8192 if cuda else 2048, torch.bfloat16 if low else torch.float32
-    kind = {"device": "cuda" if cuda else "cpu", "dtype": dtype}
-    clock = {} if cuda else {"timer": time.thread_time}
-    rate = 2 * size**3 / Timer("a @ a", globals={"a": torch.randn(size, size, **kind)}, **clock).timeit(10).mean
-    for variant, speed, (_, peak) in zip(variants, speeds, runs[0], strict=True):
-        args = script.parse_args([*flags, *variant])
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            one_pass(script, args, 2).backward()
-        flops = counter.get_total_flops() / 2 * speed
-        print(f"{script.__name__} {' '.join([*flags, *variant])}: {speed:.5g} img/s, {1000 * args.batch / speed:.4g} "
-              f"ms a step, {speeds[0] / speed:.3f} of the first; {flops / 1e12:.3g} TFLOP/s, {flops / rate:.0%} of "
-              f"{dtype} products; peak {peak / 2**30:.2f} GiB", flush=True)  # fmt: skip
-    return runs[0][0][1]
-
-
-def profile(script, flags, steps):
-    """Five steps of main after the warm-up: operations, on a GPU its kernels, by their own time."""
-    rate, schedule = script.learning_rate, profiler.schedule(wait=0, warmup=steps // 4, active=5, repeat=1)
-    with profiler.profile(schedule=schedule) as seen:
-        script.learning_rate = lambda *args: seen.step() or rate(*args)  # called once a step
-        train(script, flags, steps)
-    order = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
-    print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
-
-
 def seconds(work, *args):
     """How long work(*args) takes, with what it leaves to the GPU; and its result."""
     now = time.perf_counter if torch.cuda.is_available() else time.thread_time
@@ -142,12 +90,74 @@ def seconds(work, *args):
     return now() - start, result
 
 
+def train(script, flags, steps, each=lambda step: None):
+    """Run main, each(step) in every step: median img/s after the warm-up, the GPU's peak memory without the data."""
+    cuda, rate = torch.cuda.is_available(), script.learning_rate
+    torch.backends.cuda.enable_cudnn_sdp(True)  # train_uvit.build switches it off for good
+    torch.compiler.reset()  # or a second network is compiled for batches of any size
+    gc.collect()  # compiled networks refer to themselves
+
+    def watched(args, step, *rest):  # called once a step
+        if cuda and step == steps // 4:
+            torch.cuda.reset_peak_memory_stats()  # after cuDNN's and Inductor's trials
+        each(step)
+        return rate(args, step, *rest)
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        args = script.parse_args([*flags, "--out", f"{out}/run", "--max-steps", str(steps)])
+        data = random_data(script, args, 16 * args.batch)
+        script.load_data = lambda *_: data
+        script.save_grid = script.save_run = lambda *args, **kwargs: None
+        script.LOG_EVERY, script.learning_rate = max(1, steps // 8), watched
+        if not cuda:
+            script.time = SimpleNamespace(time=time.thread_time, sleep=time.sleep)
+        script.main(args)
+        script.learning_rate = rate
+        lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # main had taken it
+    peak = torch.cuda.max_memory_allocated() - data[0].nbytes if cuda else 0
+    return statistics.median(line["img_per_s"] for line in lines if line["step"] > steps // 4), peak
+
+
+def time_runs(script, flags, steps, variants=([],), rounds=1):
+    """Run the variants in turn and print a line for each, by its fastest run; returns the first one's peak memory."""
+    cuda = torch.cuda.is_available()
+    low = cuda or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")  # what --amp auto takes
+    size, dtype = 8192 if cuda else 2048, torch.bfloat16 if low else torch.float32
+    a = torch.randn(size, size, dtype=dtype, device="cuda" if cuda else "cpu")
+    rate = 20 * size**3 / min(seconds(lambda: [a @ a for _ in range(10)])[0] for _ in range(3))
+    runs = [[] for _ in variants]
+    for n in range(rounds):
+        for variant, same in zip(variants, runs, strict=True):
+            same.append(train(script, [*flags, *variant], steps))
+            if n < rounds - 1:
+                continue
+            (first, _), (speed, peak) = max(runs[0]), max(same)
+            args = script.parse_args([*flags, *variant])
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                one_pass(script, args, 2).backward()
+            flops = counter.get_total_flops() / 2 * speed
+            print(f"{script.__name__} {' '.join([*flags, *variant])}: {speed:.5g} img/s, "
+                  f"{1000 * args.batch / speed:.4g} ms a step, {first / speed:.3f} of the first; "
+                  f"{flops / 1e12:.3g} TFLOP/s, {flops / rate:.0%} of {dtype} products"
+                  + (f"; peak {peak / 2**30:.2f} GiB" if cuda else ""), flush=True)  # fmt: skip
+    return runs[0][0][1]
+
+
+def profile(script, flags, steps):
+    """Five steps of main after the warm-up: operations, on a GPU its kernels, by their own time."""
+    with profiler.profile(schedule=profiler.schedule(wait=0, warmup=steps // 4, active=5, repeat=1)) as seen:
+        train(script, flags, steps, lambda step: seen.step())
+    order = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
+    print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
+
+
 def time_tools(run):
     """Sampling, probing and scoring of a trained run."""
     fid, probe, sample = map(importlib.import_module, ("fid", "probe", "sample"))
-    cuda, first = torch.cuda.is_available(), None
-    model, device = sample.load_checkpoint(run, "cuda" if cuda else "cpu"), torch.device("cuda" if cuda else "cpu")
+    device, first = sample.setup_distributed("auto")[2], None
     torch.set_float32_matmul_precision("high")  # as the tools do
+    model, cuda = sample.load_checkpoint(run, device), device.type == "cuda"
     for amp in None, torch.bfloat16:
         for compiled in (False, True)[: 1 + cuda]:
             torch.compiler.reset()
@@ -162,16 +172,17 @@ def time_tools(run):
     with tempfile.TemporaryDirectory() as folder:
 
         def cell(*flags):  # seconds
-            flags = [str(run), *flags, *some, "--json", f"{folder}/a.json", "--plot", f"{folder}/a.png"]
+            flags = [str(run), *some, *flags, "--json", f"{folder}/a.json", "--plot", f"{folder}/a.png"]
             with contextlib.redirect_stdout(sys.stderr):
                 return seconds(probe.main, probe.parse_args(flags))[0]
 
         some, short = [] if cuda else ["--subset", "1000"], ["--epochs", "2", "--t"]
         cell(*short, levels[0])  # warms up
-        grid, last, own = cell(*short, *levels, "--grid"), 0, 0
+        idle = cell(*short, levels[0], "--subset", "2")  # checkpoint, data, picture
+        grid, last, own = cell(*short, *levels, "--grid") - idle, 0, 0
         for level in levels:
-            last += cell(*short, level, "--layer", model.net.layers[-1])
-            own += cell(*short, level)
+            last += cell(*short, level, "--layer", model.net.layers[-1]) - idle
+            own += cell(*short, level) - idle
         print(f"probe.py: {' '.join(['a cell', *some])} {cell():.3g} s; a grid of all layers at {', '.join(levels)} "
               f"costs {grid / last:.2f} of three passes at the last layer, {grid / own:.2f} at {model.args.layer}")
 
@@ -184,6 +195,8 @@ def time_tools(run):
 
 
 def main():
+    if not sys.argv[1:] or "--help" in sys.argv:
+        raise SystemExit(__doc__)
     name, *flags = sys.argv[1:]
     steps = int(flags.pop(flags.index("--steps") + 1)) if "--steps" in flags else 40
     flags, cuda = [flag for flag in flags if flag != "--steps"], torch.cuda.is_available()
@@ -191,16 +204,15 @@ def main():
     if name == "--tools":
         return time_tools(Path(flags[0]))
     if name != "--table":
-        work = profile if "--profile" in flags else functools.partial(time_runs, variants=[[]])
-        flags = [flag for flag in flags if flag != "--profile"]
-        return work(importlib.import_module(Path(name).stem), flags, steps=steps)
+        work, flags = profile if "--profile" in flags else time_runs, [flag for flag in flags if flag != "--profile"]
+        return work(importlib.import_module(Path(name).stem), flags, steps)
     for name in flags or (PAPER if cuda else TINY | PAPER):
         module, *own = (TINY | PAPER)[name].split()
         script, peak = importlib.import_module(module), None
         if cuda or name in TINY:
             plus = "--cls-token" if "uvit" in module else "--self-cond"
             variants = [], [plus], ["--cl", "0.01"], ["--amp", "off", "--no-compile"]
-            peak = time_runs(script, own, variants, steps, 1 if cuda else 5)
+            peak = time_runs(script, own, steps, variants, 1 if cuda else 5)
         if name in PAPER:
             args = script.parse_args(own)  # weights, gradients, Adam's moments, average; bf16 copies
             fixed = 22 * sum(p.numel() for p in script.build(args)[0].parameters())
