@@ -380,7 +380,7 @@ def latents(rng, script, here):
                np.array([{}]), np.zeros(3, "M8[s]"), np.array(["a"])]  # fmt: skip
         np.save(path, rng.choice(odd if "labels" in path.name else odd[:6] + odd[8:]))
     elif kind == "file":
-        path = rng.choice([*lat.iterdir()])
+        path = rng.choice(sorted(lat.glob("[!.]*")))
         data = damage(rng, path.read_bytes())[1]
         path.unlink()
         if rng.random() < 0.8:
