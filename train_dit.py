@@ -868,7 +868,7 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """torch.load of tensors and plain types only: no code in a file is run."""
     with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's advice about foreign pickles
+        warnings.simplefilter("ignore")  # about foreign pickles
         if not zipfile.is_zipfile(path) or not zipfile.ZipFile(path).testzip():  # torch checks no sums
             return torch.load(path, map_location="cpu", weights_only=True)
     fail(f"{path} does not exist or cannot be read as a checkpoint")
@@ -906,8 +906,9 @@ def load_run(path, parts):
         for name, part in parts.items():
             if state[name]:  # without fp16 the scaler has none
                 part.load_state_dict(state[name])
-        for p, moments in parts["optimizer"].state.items():  # fused kernels do not look
-            assert {k: m.shape for k, m in moments.items()} == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        for p, moments in parts["optimizer"].state.items():  # in p's layout
+            moments |= {k: torch.empty_like(p).copy_(moments[k].view_as(p)) for k in ("exp_avg", "exp_avg_sq")}
+            moments["step"].view(())
         return range(state["step"] + 1)[-1]  # a whole number
 
 

@@ -6,9 +6,9 @@ share of the matrix rate reached in the same run, on a GPU peak memory. --profil
 
     python tests/bench.py --table [NAME ...]   # of TINY or PAPER below (default: all)
 
-Baseline, self-conditioning or [CLS], --cl, and eager float32 in turn, the paper's networks on a GPU, tiny ones on a
-CPU; the --accum that fits, by peak memory, without a GPU by what a compiled network keeps for its backward pass
-(Inductor's partition).
+Baseline, self-conditioning or [CLS], --cl, and eager float32 (convolutions in TF32) in turn, the paper's networks on a
+GPU, tiny ones on a CPU; the --accum that fits, by peak memory, without a GPU by what a compiled network keeps for its
+backward pass (Inductor's partition).
 
     python tests/bench.py --tools RUN          # a trained one
 
@@ -126,6 +126,7 @@ def time_runs(script, flags, steps, variants=([],), rounds=1):
     size, dtype = 8192 if cuda else 2048, torch.bfloat16 if low else torch.float32
     a = torch.randn(size, size, dtype=dtype, device="cuda" if cuda else "cpu")
     rate = 20 * size**3 / min(seconds(lambda: [a @ a for _ in range(10)])[0] for _ in range(3))
+    a = None
     runs = [[] for _ in variants]
     for n in range(rounds):
         for variant, same in zip(variants, runs, strict=True):
@@ -177,7 +178,7 @@ def time_tools(run):
                 return seconds(probe.main, probe.parse_args(flags))[0]
 
         some, short = [] if cuda else ["--subset", "1000"], ["--epochs", "2", "--t"]
-        cell(*short, levels[0])  # warms up
+        cell(*short, *levels, "--grid"), cell(*short, levels[0], "--subset", "2")  # cuDNN tries out every shape
         idle = cell(*short, levels[0], "--subset", "2")  # checkpoint, data, picture
         grid, last, own = cell(*short, *levels, "--grid") - idle, 0, 0
         for level in levels:

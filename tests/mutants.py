@@ -143,6 +143,8 @@ MUTANTS = {
         ("no epoch file at the end", "keep = step == total or step", "keep = step"),
         ("epoch counted one step late",
          "        epoch = step // per_epoch\n", "        epoch = (step - 1) // per_epoch\n"),
+        ("resume takes moments as another device laid them out",
+         "torch.empty_like(p).copy_(moments[k].view_as(p))", "moments[k].view_as(p)"),
         ("resume forgets the optimiser",
          "            part.load_state_dict(state[name])",
          '            name == "optimizer" or part.load_state_dict(state[name])'),

@@ -246,6 +246,18 @@ def test_defaults_are_the_papers(flags, want):
     assert {k: args[k] for k in want} == want
 
 
+def test_resume_takes_moments_in_a_gpus_layout(tmp_path):
+    """Channels-last there, contiguous here: the same numbers, which fused kernels would read in the order of memory."""
+    train(tmp_path / "a", "--max-steps", "3")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    state = torch.load(tmp_path / "b/last.pt", weights_only=True)
+    for moments in state["optimizer"]["state"].values():
+        moments |= {k: m.contiguous(memory_format=torch.channels_last) for k, m in moments.items() if m.ndim == 4}
+    torch.save(state, tmp_path / "b/last.pt")
+    a, b = (train(tmp_path / name, "--max-steps", "6", "--resume") for name in "ab")
+    assert [line["loss"] for line in a] == [line["loss"] for line in b]
+
+
 @pytest.mark.parametrize("kind", ["MODEL", "EMA"])
 def test_init_takes_public_names_and_wrapped_ones(tmp_path, kind):
     """As [DDAE] saves them: behind DDP's prefix; and as ema_pytorch keeps them, the average beside the trained ones."""
