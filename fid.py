@@ -47,7 +47,7 @@ WEIGHTS_SHA = "6726825d"  # how the file's sha256 begins
 LEAST, USUAL = 2048, 50_000  # images: fewer cannot fill the covariance; fewer make FID higher than published ones
 
 
-# ---- 1. Inception-v3 of 2015-12-05 -------------------------------------------
+# ---- 1. Inception-v3 of 2015-12-05 -------------
 def avg_pool(x):
     """3x3 mean, stride 1; the padding is left out of the average, unlike in torchvision's Inception."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
@@ -136,7 +136,7 @@ def load_inception(path, device, rank=0):
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-# ---- 2. Frechet distance and Inception Score ---------------------------------
+# ---- 2. Frechet distance and Inception Score ----
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     """|mean_a - mean_b|^2 + tr A + tr B - 2 tr sqrt(A B), between two Gaussians. [FID]
 
@@ -200,7 +200,7 @@ class Sums:
         return scores.mean().item(), scores.std(correction=0).item()
 
 
-# ---- 3. Images ---------------------------------------------------------------
+# ---- 3. Images ---------------------------------
 class Images(NamedTuple):
     """Images to be measured, and how a rank gets its share of them."""
 
@@ -309,7 +309,7 @@ def measure(net, images, batch, rank=0, world=1):
     return sums
 
 
-# ---- 4. The reference --------------------------------------------------------
+# ---- 4. The reference --------------------------
 def read_statistics(path):
     """mu (2048,) and sigma (2048, 2048) of an npz, None, None if it has neither. Images that it holds stay unread."""
     stored = read_npz(path, "mu", "sigma")
@@ -375,7 +375,7 @@ def reference(model, samples, net, args, rank, world):
     return *gaussian, {"images": str(path), "resolution": images.size[0], "count": images.n}
 
 
-# ---- 5. Flags and main -------------------------------------------------------
+# ---- 5. Flags and main -------------------------
 def parse_args(argv=None):
     """Flags -> Namespace."""
     style = argparse.ArgumentDefaultsHelpFormatter

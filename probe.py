@@ -46,7 +46,7 @@ COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Ok
 ACCURACY = "linear top-1 accuracy, %"
 
 
-# ---- 1. Random numbers, ranks, data and frozen features ----------------------
+# ---- 1. Random numbers, ranks, data and frozen features ----
 def stream_generator(device, *numbers):
     """A generator of its own for each (seed, stream, index, ..)."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -125,7 +125,7 @@ def stored_features(encode, split, stream, seed, flip=False):
     return all_reduce(feats)
 
 
-# ---- 2. Classifiers: linear heads and kNN ------------------------------------
+# ---- 2. Classifiers: linear heads and kNN ------
 class Heads(nn.Module):
     """One linear classifier per layer, each on its own columns of feat, standardised by mean and std (D,) if given."""
 
@@ -205,7 +205,7 @@ def knn(queries, labels, bank, bank_labels, widths, classes):
     return accuracy
 
 
-# ---- 3. The probe of one checkpoint ------------------------------------------
+# ---- 3. The probe of one checkpoint ------------
 def probe_level(encode, train, test, args):
     """Accuracy of every layer in percent: list of dicts with layer, level, pool, linear and knn (None: not asked)."""
     test_feat = stored_features(encode, test, TEST, args.seed)  # (N, D)
@@ -319,7 +319,7 @@ def heldout_loss(model, args, device, earlier=()):
     return result
 
 
-# ---- 4. Tables and pictures --------------------------------------------------
+# ---- 4. Tables and pictures --------------------
 def best_cell(cells):
     """The cell of highest linear accuracy; the raw baseline counts only where it is alone."""
     return max(cells, key=lambda cell: (cell["level"] is not None, cell["linear"]))
@@ -424,7 +424,7 @@ def plot_fid(files):
     return figure
 
 
-# ---- 5. Flags and main -------------------------------------------------------
+# ---- 5. Flags and main -------------------------
 def parse_args(argv=None):
     """Flags -> Namespace; None where the checkpoint decides (protocol_defaults)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

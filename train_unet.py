@@ -13,7 +13,7 @@ e global embedding, e_t its time part   feat pooled feature of --layer   q, k co
 B batch   C, H, W image   D width   average: the EMA, sampled, probed, the teacher
 """
 
-# ---- 1. Imports, constants ---------------------------------------------------
+# ---- 1. Imports, constants ---------------------
 import argparse
 import contextlib
 import copy
@@ -42,7 +42,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from scipy.integrate import solve_ivp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -79,7 +79,7 @@ SYM6 = (  # low-pass taps of the 12-tap symlet, [EDM] App. F.2
 )
 
 
-# ---- 2. Backbone -------------------------------------------------------------
+# ---- 2. Backbone -------------------------------
 class TimeEmbedding(nn.Module):
     """Sinusoid, plus a linear map of the augmentation label, through a two-layer MLP: (B,) -> (B, 4 width)."""
 
@@ -283,7 +283,7 @@ class UNet(nn.Module):
         return {name: h.float().mean(dim=(2, 3)) for name, h in maps.items()}
 
 
-# ---- 3. Self-conditioning: the paper's idea ----------------------------------
+# ---- 3. Self-conditioning: the paper's idea ----
 class SelfConditioning(nn.Module):
     """Condense the pooled feature and feed it back to the decoder. [P]
 
@@ -306,7 +306,7 @@ class SelfConditioning(nn.Module):
         return e + f if self.scale is None else e + self.scale(F.silu(e_t)) * f
 
 
-# ---- 4. Diffusion formulation ------------------------------------------------
+# ---- 4. Diffusion formulation ------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
     level = level if isinstance(level, torch.Tensor) else x.new_full((len(x),), level)
@@ -487,7 +487,7 @@ class RF(Formulation):
         return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
 
 
-# ---- 5. Data, augmentation ---------------------------------------------------
+# ---- 5. Data, augmentation ---------------------
 def draw_shapes(n, seed, side):
     """SHAPES of random place, size, turn and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
     rng = np.random.RandomState(seed)  # a frozen stream
@@ -544,11 +544,12 @@ def list_images(root, split):
             pairs, there = [(f"images/{row[0]}", classes.index(row[1])) for row in rows], classes
             folder = root / "val"
         else:
-            pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ["."])
+            pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ".")
                      for file in sorted(glob("**", root_dir=folder / name, recursive=True))]
         pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
-        if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
-            raise ValueError(f"{len(pairs)} images found")
+        odd = {*there} ^ {*classes} or {*(classes or ".")} - {(classes or ".")[y] for _, y in pairs}
+        if odd:
+            raise ValueError(f"{len(pairs)} images, see {min(odd)}")
     return pairs, classes
 
 
@@ -676,7 +677,7 @@ def augment_filters(S, device):
     return up.to(device), down.to(device)
 
 
-# ---- 6. MoCo-v3 head ---------------------------------------------------------
+# ---- 6. MoCo-v3 head ---------------------------
 class RankMean(torch.autograd.Function):
     """Average of a tensor over ranks."""
 
@@ -762,7 +763,7 @@ def moco_loss(q, k, temperature=0.2):
     return 2 * temperature * F.cross_entropy(logits, target)
 
 
-# ---- 7. Run utilities --------------------------------------------------------
+# ---- 7. Run utilities --------------------------
 def fail(message, status=2):
     """One line on stderr, then exit. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
@@ -901,8 +902,8 @@ def save_grid(args, ema, diffusion, device, epoch):
     save_image(images / 255, Path(args.out, f"samples_{epoch:04d}.png"), nrow=side, padding=2, pad_value=1)
 
 
-# ---- 8. Flags ----------------------------------------------------------------
-@told("--layer, --cl-t, other flags, or those of the run in --out")
+# ---- 8. Flags ----------------------------------
+@told("these flags, or those of the run in --out, do not fit")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -968,11 +969,11 @@ def read_flags(parser, argv):
         run = {k: v for k, v in state.get("args").items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
+        with told(f"--resume: {args.out} is damaged, or another script's"), torch.device("meta"):
+            build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
                 fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
-        with torch.device("meta"):
-            build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
     return args
 
 
@@ -980,14 +981,11 @@ def resolve_flags(parser, args, defaults, name):
     """Fill in defaults, check numbers, name the run after the flags that were given."""
     given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and v not in name and k not in FREE}
     name = "-".join([*name, *(k if v is True else f"{k}-{v}" for k, v in given.items())])
-    for key, value in defaults.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k, None) is None})
     args.save_every = args.save_every or max(1, args.epochs // 10)
-    # [P] Tab. 11; UNSPECIFIED: short runs
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
     for key, value in vars(args).items():
-        least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
+        least = 1e-9 if key in "resolution patch epochs batch accum save_every lr".split() else 0
         most = 1 if key in ("aug", "ema") else 1e15
         if key not in ("classes", "latents") and not isinstance(value, str | None) and not least <= value <= most:
             fail(f"--{key.replace('_', '-')} {value} is out of range")
@@ -995,12 +993,11 @@ def resolve_flags(parser, args, defaults, name):
         fail("--cl needs two images or more in a pass")
     with torch.device("meta"):
         build(args)[1].check_level(args.cl_t)
-    args.data = os.path.abspath(args.data)
-    args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
+    args.data, args.out = os.path.abspath(args.data), args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
 
 
-# ---- 9. The loop -------------------------------------------------------------
+# ---- 9. The loop -------------------------------
 def make_optimizer(objective, args):
     """Adam on everything. [P] Tab. 11"""
     return torch.optim.Adam(objective.parameters(), lr=args.lr, fused=True)
@@ -1045,13 +1042,15 @@ def main(args):
     local = args.batch // (world * args.accum)  # images of one rank in one pass
     if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
-    _lock = claim(args.out) if rank == 0 else None  # held while it lives
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
     # 2. Data: on the device, unless they would fill a third of it.
-    nothing = *torch.empty(2, 1).expand(2, args.batch), []
-    images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
+    nothing = *torch.empty(2, 1).expand(2, args.batch), args.classes
+    images, labels, classes = load_data(args, "train") if args.max_steps != 0 else nothing
+    if args.classes not in ([], classes) or not classes and getattr(args, "cond", 0) == 1:
+        fail(f"{args.dataset} has other classes than {args.out} (--resume), or none (bare --cond)")
+    args.classes = classes
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
     if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
@@ -1076,17 +1075,20 @@ def main(args):
     optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
+    _lock = claim(args.out) if rank == 0 else None  # held while it lives
     step = load_run(last, parts) if args.resume else 0
+    if step > end:
+        fail(f"--resume: {last} is past step {end}: give more --epochs or --max-steps")
     if args.compile or (args.compile is None and cuda):
         torch._dynamo.config.optimize_ddp = False  # it cuts the graph into seven
         net.compile()
         average.net.encode = torch.compile(average.net.encode)
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+    ddp = DDP(objective, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
     bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    # SIGTERM, SIGINT, torchrun's end: finish the step, save. First save: after a minute.
+    # A signal or torchrun's end: finish the step, save. First save: after a minute.
     generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
@@ -1097,8 +1099,7 @@ def main(args):
     # 4. The loop.
     objective.train()
     while step < end and not stop:
-        # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
-        #    the whole batch and keep their rows.
+        # 1. Data. Numbers follow from (seed, step), so resume repeats. Ranks draw the whole batch, keep their rows.
         epoch, nth = divmod(step, per_epoch)
         if order is None or nth == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
@@ -1164,7 +1165,7 @@ def main(args):
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
-        print(f"wrote {last}; next: " + ("the same command with --resume" if stop else f"python probe.py {args.out}"))
+        print(f"{last}, step {step}; next: " + ("the same with --resume" if stop else f"python probe.py {args.out}"))
     if stop:
         raise SystemExit(128 + stop)
 

@@ -13,7 +13,7 @@ e_t time embedding, a token   feat feature of --layer: [CLS] or the mean of the 
 B batch   C, H, W image   N tokens, L of them of the image   D width   average: the EMA, the teacher
 """
 
-# ---- 1. Imports, constants ---------------------------------------------------
+# ---- 1. Imports, constants ---------------------
 import argparse
 import contextlib
 import copy
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -65,7 +65,7 @@ SYM6 = (  # low-pass taps of the 12-tap symlet, [EDM] App. F.2
 )
 
 
-# ---- 2. Backbone -------------------------------------------------------------
+# ---- 2. Backbone -------------------------------
 def time_sinusoid(t, width):
     """(B,) -> (B, width) float32, cosines first: the time token."""
     half = width // 2
@@ -202,7 +202,7 @@ class UViT(nn.Module):
         """One raw evaluation: the prediction (B, 3, H, W); with_feat (prediction, feat, e_t), see encode.
 
         x: (B, 3, H, W) and t: (B,), as the formulation's inputs. aug: (B, 9), None is zeros.
-        y: class labels (B,), -1 is the null class, None that everywhere or no class.
+        y: labels (B,), -1 or None is the null class.
         """
         out, feat, e_t = self.run(x, t, y, aug)
         return (out, feat, e_t) if with_feat else out
@@ -227,12 +227,12 @@ class UViT(nn.Module):
         return {name: self.pool(h, pool) for name, h in maps.items()}
 
 
-# ---- 3. Self-conditioning: the [CLS] token -----------------------------------
-# The token that UViT.tokens puts in front reads all patches by attention and gives back what it has read, in every
-# block. Nothing trains it but the denoising loss, until --cl is on. [P]
+# ---- 3. Self-conditioning: the [CLS] token -----
+# The token in front (UViT.tokens) reads all patches by attention and gives back what it has read, in every block.
+# Only the denoising loss trains it, until --cl is on. [P]
 
 
-# ---- 4. Diffusion formulation ------------------------------------------------
+# ---- 4. Diffusion formulation ------------------
 def per_image(level, x):
     """A number or (B,) noise level -> (B, 1, 1, 1) on x's device."""
     level = level if isinstance(level, torch.Tensor) else x.new_full((len(x),), level)
@@ -299,7 +299,7 @@ class DDPM(Formulation):
         return x
 
 
-# ---- 5. Data, augmentation ---------------------------------------------------
+# ---- 5. Data, augmentation ---------------------
 def draw_shapes(n, seed, side):
     """SHAPES of random place, size, turn and colours: uint8 (n, 3, side, side), labels int64 (n,)."""
     rng = np.random.RandomState(seed)  # a frozen stream
@@ -356,11 +356,12 @@ def list_images(root, split):
             pairs, there = [(f"images/{row[0]}", classes.index(row[1])) for row in rows], classes
             folder = root / "val"
         else:
-            pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ["."])
+            pairs = [(f"{name}/{file}", label) for label, name in enumerate(classes or ".")
                      for file in sorted(glob("**", root_dir=folder / name, recursive=True))]
         pairs = [(f"{folder}/{f}", y) for f, y in pairs if f.lower().endswith(SUFFIXES) and os.path.isfile(folder / f)]
-        if there != classes or len({label for _, label in pairs}) < max(1, len(classes)):
-            raise ValueError(f"{len(pairs)} images found")
+        odd = {*there} ^ {*classes} or {*(classes or ".")} - {(classes or ".")[y] for _, y in pairs}
+        if odd:
+            raise ValueError(f"{len(pairs)} images, see {min(odd)}")
     return pairs, classes
 
 
@@ -489,7 +490,7 @@ def augment_filters(S, device):
     return up.to(device), down.to(device)
 
 
-# ---- 6. MoCo-v3 head ---------------------------------------------------------
+# ---- 6. MoCo-v3 head ---------------------------
 class RankMean(torch.autograd.Function):
     """Average of a tensor over ranks."""
 
@@ -575,7 +576,7 @@ def moco_loss(q, k, temperature=0.2):
     return 2 * temperature * F.cross_entropy(logits, target)
 
 
-# ---- 7. Run utilities --------------------------------------------------------
+# ---- 7. Run utilities --------------------------
 def fail(message, status=2):
     """One line on stderr, then exit. Rank 0 speaks; torchrun ends the others meanwhile."""
     time.sleep(5 * (os.environ.get("RANK", "0") != "0"))
@@ -714,8 +715,8 @@ def save_grid(args, ema, diffusion, device, epoch):
     save_image(images / 255, Path(args.out, f"samples_{epoch:04d}.png"), nrow=side, padding=2, pad_value=1)
 
 
-# ---- 8. Flags ----------------------------------------------------------------
-@told("--layer, --cl-t, other flags, or those of the run in --out")
+# ---- 8. Flags ----------------------------------
+@told("these flags, or those of the run in --out, do not fit")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -724,7 +725,7 @@ def parse_args(argv=None):
     add("--size", choices=[*SIZES], default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
     add("--cls-token", action="store_true", help="self-conditioning")
     add("--layer", help="in_1, .., mid, out_1, .. (default: [P] Tab. 10)")
-    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="(default: off; bare: all)")
+    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="class-conditional (bare: all)")
     add("--aug", type=float, metavar="P", help="probability of each transform (default: 0; 0.12 with --cl)")
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
     add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or not (default: time)")
@@ -779,11 +780,11 @@ def read_flags(parser, argv):
         run = {k: v for k, v in state.get("args").items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
         args = parser.parse_args(argv)
+        with told(f"--resume: {args.out} is damaged, or another script's"), torch.device("meta"):
+            build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
         for key, value in run.items():
             if key not in FREE and getattr(args, key) != value:
                 fail(f"--resume: {args.out} has --{key.replace('_', '-')} {value}; drop the flag")
-        with torch.device("meta"):
-            build(argparse.Namespace(**state["args"]))[0].load_state_dict(state["ema"], assign=True)
     return args
 
 
@@ -791,14 +792,11 @@ def resolve_flags(parser, args, defaults, name):
     """Fill in defaults, check numbers, name the run after the flags that were given."""
     given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and v not in name and k not in FREE}
     name = "-".join([*name, *(k if v is True else f"{k}-{v}" for k, v in given.items())])
-    for key, value in defaults.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k, None) is None})
     args.save_every = args.save_every or max(1, args.epochs // 10)
-    # [P] Tab. 11; UNSPECIFIED: short runs
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
     for key, value in vars(args).items():
-        least = 1e-9 if key in ("resolution", "patch", "epochs", "batch", "accum", "save_every", "lr") else 0
+        least = 1e-9 if key in "resolution patch epochs batch accum save_every lr".split() else 0
         most = 1 if key in ("aug", "ema") else 1e15
         if key not in ("classes", "latents") and not isinstance(value, str | None) and not least <= value <= most:
             fail(f"--{key.replace('_', '-')} {value} is out of range")
@@ -806,12 +804,11 @@ def resolve_flags(parser, args, defaults, name):
         fail("--cl needs two images or more in a pass")
     with torch.device("meta"):
         build(args)[1].check_level(args.cl_t)
-    args.data = os.path.abspath(args.data)
-    args.out = args.out or "runs/" + name.replace("_", "-").replace("/", "-")
+    args.data, args.out = os.path.abspath(args.data), args.out or "runs/" + name.replace("_", "-").replace("/", "-")
     return args
 
 
-# ---- 9. The loop -------------------------------------------------------------
+# ---- 9. The loop -------------------------------
 def make_optimizer(objective, args):
     """AdamW; biases and positions do not decay, [CLS] does: [P] Tab. 11. Decay, betas: [UViT]."""
     groups = {0.03: [], 0.0: []}
@@ -860,13 +857,15 @@ def main(args):
     local = args.batch // (world * args.accum)  # images of one rank in one pass
     if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
-    _lock = claim(args.out) if rank == 0 else None  # held while it lives
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
     # 2. Data: on the device, unless they would fill a third of it.
-    nothing = *torch.empty(2, 1).expand(2, args.batch), []
-    images, labels, args.classes = load_data(args, "train") if args.max_steps != 0 else nothing
+    nothing = *torch.empty(2, 1).expand(2, args.batch), args.classes
+    images, labels, classes = load_data(args, "train") if args.max_steps != 0 else nothing
+    if args.classes not in ([], classes) or not classes and getattr(args, "cond", 0) == 1:
+        fail(f"{args.dataset} has other classes than {args.out} (--resume), or none (bare --cond)")
+    args.classes = classes
     if len(images) < args.batch:
         fail(f"--batch {args.batch} is more than the {len(images)} training images")
     if not cuda or images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
@@ -891,17 +890,20 @@ def main(args):
     optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
+    _lock = claim(args.out) if rank == 0 else None  # held while it lives
     step = load_run(last, parts) if args.resume else 0
+    if step > end:
+        fail(f"--resume: {last} is past step {end}: give more --epochs or --max-steps")
     if args.compile or (args.compile is None and cuda):
         torch._dynamo.config.optimize_ddp = False  # it cuts the graph into seven
         net.compile()
         average.net.encode = torch.compile(average.net.encode)
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+    ddp = DDP(objective, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
     bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    # SIGTERM, SIGINT, torchrun's end: finish the step, save. First save: after a minute.
+    # A signal or torchrun's end: finish the step, save. First save: after a minute.
     generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
@@ -912,8 +914,7 @@ def main(args):
     # 4. The loop.
     objective.train()
     while step < end and not stop:
-        # 1. Data. Random numbers follow from (seed, step): a resumed run repeats an unbroken one. All ranks draw for
-        #    the whole batch and keep their rows.
+        # 1. Data. Numbers follow from (seed, step), so resume repeats. Ranks draw the whole batch, keep their rows.
         epoch, nth = divmod(step, per_epoch)
         if order is None or nth == 0:
             shuffle = torch.Generator().manual_seed(seeded(args.seed, 2, epoch))
@@ -979,7 +980,7 @@ def main(args):
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
-        print(f"wrote {last}; next: " + ("the same command with --resume" if stop else f"python probe.py {args.out}"))
+        print(f"{last}, step {step}; next: " + ("the same with --resume" if stop else f"python probe.py {args.out}"))
     if stop:
         raise SystemExit(128 + stop)
 

@@ -90,8 +90,8 @@ def test_tiny_imagenet_layout(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("unknown", "no folder"), ("empty", "fish"), ("text", "not an image"), ("no-test", "test/ or val/"),
-     ("class-more", "same classes"), ("class-less", "same classes")],
+    [("unknown", "no folder"), ("empty", "see fish"), ("text", "not an image"), ("no-test", "test/ or val/"),
+     ("class-more", "see fish"), ("class-less", "see cat")],
 )  # fmt: skip
 def test_mistakes(kind, says, tmp_path, capsys):
     flags, split = args(tmp_path), "train"

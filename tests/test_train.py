@@ -16,8 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, check_equal_steps, check_resumed, distance, launch, load, metrics
 from PIL import Image
+from test_data import make_folder
 
 import train_unet as T
+import train_uvit as V
 
 pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8"]
@@ -84,7 +86,7 @@ def test_a_run_can_be_made_longer(tmp_path):
     assert last["args"]["epochs"] == 2 and last["args"]["lr"] == 1e-3 and last["args"]["self_cond"] == "adaptive"
     assert (tmp_path / "epoch_0001.pt").is_file() and (tmp_path / "epoch_0002.pt").is_file()
     saved = (tmp_path / "last.pt").read_bytes()
-    T.main(T.parse_args(["--out", str(tmp_path), "--resume", "--max-steps", "0"]))  # nothing left to do, nothing lost
+    T.main(T.parse_args(["--out", str(tmp_path), "--resume"]))  # nothing left to do, nothing lost
     assert (tmp_path / "last.pt").read_bytes() == saved and metrics(tmp_path) == lines
 
 
@@ -312,7 +314,18 @@ def mistake(kind, tmp_path):
         return [*out, "--init", str(tmp_path / "more.pt")]
     if kind == "resume-nothing":
         return [*out, "--resume"]
+    if kind == "resume-classes":
+        make_folder(tmp_path, n=4)
+        flags = [*out, "--dataset", "mine", "--data", str(tmp_path)]
+        T.main(T.parse_args([*TINY, *flags, "--max-steps", "1"]))
+        os.rename(tmp_path / "mine/train/cat", tmp_path / "mine/train/zebra")  # the labels swap
+        return [*flags, "--resume"]
+    if kind == "resume-script":
+        V.main(V.parse_args(["--size", "tiny", "--max-steps", "0", *out]))
+        return [*out, "--resume"]
     train(tmp_path / "run", "--max-steps", "1")
+    if kind == "resume-past":
+        return [*out, "--resume", "--max-steps", "0"]
     if kind == "resume-other":
         return [*out, "--lr", "0.5", "--resume"]
     if kind == "resume-with":
@@ -332,6 +345,7 @@ def mistake(kind, tmp_path):
         ("init-pickle", "cannot be read"), ("init-other", "does not fit"), ("init-more", "label_emb.weight"),
         ("resume-nothing", "last.pt does not exist"), ("resume-other", "has --lr 0.002; drop"),
         ("resume-with", "has --self-cond None; drop"), ("out-same", "--resume"), ("resume-cut", "cannot be read"),
+        ("resume-classes", "other classes"), ("resume-script", "another script's"), ("resume-past", "past step 0"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(kind, says, tmp_path, capsys):
@@ -344,6 +358,7 @@ def test_mistakes_end_with_one_line_and_status_2(kind, says, tmp_path, capsys):
     assert stop.value.code == 2 and len(err) == 1 and says in err[0]
     assert not (tmp_path / "boom").exists()  # nothing was unpickled
     assert before == {file: file.read_bytes() for file in tmp_path.glob("run/[!.]*")}  # nothing was lost
+    assert before or kind == "resume-nothing" or not (tmp_path / "run").exists()  # and nothing begun
 
 
 @pytest.mark.parametrize(

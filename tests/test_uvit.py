@@ -355,6 +355,7 @@ def test_init_makes_a_checkpoint_of_public_weights(tmp_path):
         (["--cl-target", "cls"], "needs --cls-token"), (["--cond", "-4"], "--cond -4 is out of range"),
         (["--cl-t", "0.06"], "whole steps"), (["--cl", "0.01", "--batch", "1"], "two images or more"),
         (["--cls-token", "--resume"], "has --cls-token False; drop"), (["--cond", "--resume"], "has --cond 0; drop"),
+        (["--cond", "--max-steps", "0"], "none (bare --cond)"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys):
