@@ -437,7 +437,7 @@ def main(args):
             common = {"resolution": samples.size[0], "reference": made, "inception_sha256": net.sha}
             args.json.write_text(json.dumps({"results": results} | common, indent=2) + "\n")
             print(f"wrote {args.json}")
-        which = f" ({f'epoch {model.epoch}' if model else path})" if len(opened) > 1 else ""
+        which = f" ({path})" if len(opened) > 1 else ""
         lines.append(f"FID {fid:.2f}  IS {score:.2f} +- {spread:.2f}{which}")
         print(lines[-1])
     if len(results) > 1:

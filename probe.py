@@ -80,8 +80,7 @@ def load_split(model, args, split, device):
     """Read a split through the checkpoint's train script; images on the device unless they would fill it."""
     flags = argparse.Namespace(**vars(model.args))
     flags.data, flags.dataset = args.data or flags.data, args.dataset or flags.dataset
-    if args.data and getattr(flags, "cache_latents", None):
-        flags.cache_latents = args.data
+    flags.cache_latents = flags.cache_latents and (args.data or flags.cache_latents)
     images, labels, classes = model.script.load_data(flags, split)
     if args.subset:
         some = torch.randperm(len(labels), generator=stream_generator("cpu", args.seed, SUBSET, 0))[: args.subset]
@@ -254,8 +253,8 @@ def protocol_defaults(args, model, split, device):
     axis, grid, wide = GRIDS["dit" if model.script.__name__ == "train_dit" else trained["model"]]
     args.t = args.t or (wide if args.loss else grid if args.grid and len(args.pool) == 1 else [trained["cl_t"]])
     head = {"dataset": args.dataset, "model": trained["model"], "axis": axis, "levels": args.t, "epoch": model.epoch}
-    name = f"{model.path.absolute().parent.name}, epoch {model.epoch}"
-    return args, head | {"checkpoint": str(model.path), "name": name}
+    head |= {"checkpoint": str(model.path), "name": f"{model.path.absolute().parent.name}, epoch {model.epoch}"}
+    return args, head
 
 
 def probe(model, args, device):
@@ -276,7 +275,7 @@ def probe(model, args, device):
         pools[pool] = {layer: feats[layer].shape[1] for layer in map(str, wanted)}
     encoders = [Encoder(model, level, pools[pool], pool, args.autocast) for pool in pools for level in args.t]
     encoders += [Encoder(model, None, {"pixels": x0[0].numel()}, pool=None)] if args.pixels else []
-    protocol = {key: getattr(args, key) for key in "epochs lr batch flip batchnorm cache amp seed".split()}
+    protocol = {key: getattr(args, key) for key in "dataset epochs lr batch flip batchnorm cache amp seed".split()}
     protocol["images"] = f"{len(train.labels)} train, {len(test.labels)} test, {train.classes} classes"
     print(f"{model}\nprotocol: {', '.join(f'{key} {value}' for key, value in protocol.items())}")
     result |= {"layers": list(encoders[0].layers), "pools": list(pools), "protocol": protocol, "cells": []}
@@ -313,9 +312,10 @@ def heldout_loss(model, args, device, earlier=()):
         values = np.subtract(result["blocks"], other)
         result[name] = values.mean(1).tolist()
         result[f"{name}_se"] = (values.std(1, ddof=1) / len(blocks) ** 0.5).tolist()
-    print(model)
-    for level, loss, se in zip(args.t, result["loss"], result["loss_se"], strict=True):
-        print(f"{result['axis'][0]}={level:g}".ljust(14) + f"held-out loss {loss:.5f} +- {se:.5f}")
+    print(f"{model}\n{len(order)} test images of {args.dataset}")
+    text = "{:.5f} +- {:.5f}" + ", difference {:+.5f} +- {:.5f}" * bool(earlier)
+    for level, *row in zip(args.t, *(result[k] for k in "loss loss_se difference difference_se".split()), strict=True):
+        print(f"{result['axis'][0]}={level:g}".ljust(14) + "held-out loss " + text.format(*row))
     return result
 
 
@@ -349,8 +349,8 @@ def plot_probes(results):
     """Accuracy over layers: lines for several poolings, else maps of each run's epochs, or a checkpoint's levels."""
     maps = {}  # {(folder, name, axis, layers): {column: accuracy of each layer}}
     one_level = all(len(r["levels"]) == 1 for r in results)
-    alike = one_level and len({(r["axis"], *r["levels"]) for r in results}) == 1
-    title = results[0]["dataset"] + (f", {results[0]['axis'][0]} = {results[0]['levels'][0]:g}" if alike else "")
+    levels = {f", {r['axis'][0]} = {r['levels'][0]:g}" for r in results if one_level}
+    title = " and ".join({r["dataset"]: 0 for r in results}) + "".join(levels) * (len(levels) == 1)
     if any(len(r["pools"]) > 1 for r in results):
         lines = [(f"{r['name']}, {pool}", r["layers"], [cell["linear"] for cell in r["cells"] if cell["pool"] == pool])
                  for r in results for pool in r["pools"]]  # fmt: skip
@@ -369,11 +369,9 @@ def plot_probes(results):
     for axes, ((_, name, axis, *layers), columns), value in zip(panels, maps.items(), values, strict=True):
         image = axes.imshow(value, aspect="auto", vmin=low, vmax=high)
         for (y, x), v in np.ndenumerate(value):
-            color = "white" if v < (low + high) / 2 else "black"
-            axes.text(x, y, f"{v:.1f}", ha="center", va="center", color=color, size=8)
-        axes.set_yticks(range(len(layers)), layers)
+            axes.text(x, y, f"{v:.1f}", ha="center", va="center", color="wk"[int(2 * v > low + high)], size=8)
         axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
-        axes.set_xlabel("epoch" if one_level else axis)
+        axes.set(yticks=range(len(layers)), yticklabels=layers, xlabel="epoch" if one_level else axis)
         axes.set_title(name, size=9)
     figure.colorbar(image, ax=panels, label=ACCURACY)
     return figure
@@ -395,7 +393,7 @@ def plot_training(folders):
     lines = []
     for folder in map(Path, folders):
         log = (folder / "metrics.jsonl").read_text().splitlines()
-        head, *rows = [json.loads(row) for row in log if row.endswith("}")]  # the last may be half written
+        head, *rows = [json.loads(row) for row in log if row.endswith("}")]  # the last may be cut
         images, loss = np.array([(row["step"] * head["args"]["batch"], row["loss_diffusion"]) for row in rows], float).T
         n = 1 + len(loss) // 20
         lines.append((folder.name, *(np.convolve(x, np.ones(n) / n, "valid")[2 * n - 2 :] for x in (images, loss))))
@@ -414,7 +412,7 @@ def plot_fid(files):
             runs.setdefault(folder, []).append((epoch, row["fid"], best_cell(row["cells"])["linear"]))
             dataset = row["dataset"]
     if not runs:
-        fail("no checkpoint has both FID and accuracy: probe the checkpoints that fid.py scored")
+        fail("no checkpoint has both FID and accuracy: probe those that fid.py scored")
     lines = [(folder.name, *[*zip(*points, strict=True)][1:]) for folder, points in runs.items()]
     figure = plot_lines(dataset, {"xlabel": "FID (less is better), numbers: epoch"}, (ACCURACY, lines))
     for points in runs.values():
@@ -426,7 +424,7 @@ def plot_fid(files):
 
 # ---- 5. Flags and main -------------------------
 def parse_args(argv=None):
-    """Flags -> Namespace; None where the checkpoint decides (protocol_defaults)."""
+    """Flags -> Namespace; None where the checkpoint decides."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("paths", nargs="+", metavar="RUN", help="checkpoints, run folders (last.pt), or JSON: Fig. 3")
     add = parser.add_argument_group("what is read").add_mutually_exclusive_group().add_argument
@@ -449,7 +447,7 @@ def parse_args(argv=None):
     add("--data", help="data root, or the cache of latents; None: the training run's")
     add("--json", type=Path, metavar="FILE", help="all results; None: with --grid, --loss, several RUNs")
     add("--plot", type=Path, metavar="FILE.png", help="the picture; None: as --json")
-    add("--features", type=Path, metavar="FILE.npz", help="write features (last RUN, level, pool) and labels")
+    add("--features", type=Path, metavar="FILE.npz", help="features (last RUN, level, pool), labels")
     add("--seed", type=int, default=0, help="of order, flips and noise")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -457,27 +455,29 @@ def parse_args(argv=None):
     if not all(0 < n < 1e15 for n in (args.epochs, args.lr, args.batch, args.subset, args.seed + 1) if n is not None):
         parser.error("--epochs, --lr, --batch and --subset must be above 0, --seed at least 0")
     if args.plot and args.plot.suffix != ".png":
-        parser.error(f"--plot {args.plot}: pictures are PNG, give FILE.png")
+        parser.error("--plot takes FILE.png")
     if len(args.pool) > 1 < len(args.t or []):
-        parser.error("several --pool are drawn over the layers at one level: give one --t")
+        parser.error("several --pool go with one --t")
     first = Path(args.paths[0])
     args.files, folder = first.suffix == ".json", first if os.path.isdir(first) else first.parent
-    name = "heldout_loss" if args.loss else "probe_grid" if args.grid else "probe_epochs"
-    name = "training_loss" if args.curves else "fid_accuracy" if args.files else name
+    name = "probe_pools" if args.pool[1:] else "probe_epochs" if not args.grid else "probe_grid"
+    name = "heldout_loss" if args.loss else "training_loss" if args.curves else "fid_accuracy" if args.files else name
     if name != "probe_epochs" or len(args.paths) > 1:
-        args.json, args.plot = args.json or folder / f"{name}.json", args.plot or folder / f"{name}.png"
+        args.json = args.json or folder / f"{name}.json"
+        args.plot = args.plot or args.json.with_suffix(".png")
     return args
 
 
 @told("stopped", TROUBLE)
 def main(args):
-    """Probe every checkpoint, or do what the flags ask instead; returns the results."""
-    for path in filter(None, [args.json, args.plot, args.features]):
+    """Probe every checkpoint, or do what the flags ask; returns the results."""
+    for path in (files := [path for path in (args.json, args.plot, args.features) if path]):
         if path.is_dir() or not os.access(path if path.exists() else f"{path.parent}/", os.W_OK):
             fail(f"cannot write {path}: name a file in a folder that exists")
     if args.curves or args.files:
         with told(f"{' '.join(args.paths)}: missing, damaged or empty"):
-            return (plot_training if args.curves else plot_fid)(args.paths).savefig(args.plot, dpi=150)
+            (plot_training if args.curves else plot_fid)(args.paths).savefig(args.plot, dpi=150)
+            return print(f"wrote {args.plot}")
     rank, world, device = setup_distributed(args.device)
     sys.stdout = sys.stdout if rank == 0 else None
     torch.set_float32_matmul_precision("high")
@@ -492,15 +492,15 @@ def main(args):
         results.append(heldout_loss(model, args, device, results) if args.loss else probe(model, args, device))
         content = {"checkpoints": results}
         if not args.loss:
-            best = max(results, key=lambda result: best_cell(result["cells"])["linear"])
-            cell = best_cell(best["cells"])
+            cell, best = max(((best_cell(r["cells"]), r) for r in results), key=lambda pair: pair[0]["linear"])
             content |= {"top1": cell["linear"], "checkpoint": best["checkpoint"], "epoch": best["epoch"]} | cell
-        if rank == 0 and args.json:  # after each checkpoint: a job may be cut short
+        if rank == 0 and args.json:  # after each: a job may be cut short
             args.json.write_text(json.dumps(content, indent=1))
-    if not args.loss:
-        print(describe(cell, best))
     if rank == 0 and args.plot:
         (plot_losses if args.loss else plot_probes)(results).savefig(args.plot, dpi=150)
+    print(*(f"wrote {path}" for path in files), sep="\n", end="\n" * bool(files))
+    if not args.loss:
+        print(describe(cell, best) + f", {best['name']}" * (len(results) > 1))
     if world > 1:
         dist.destroy_process_group()
     return results

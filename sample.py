@@ -198,7 +198,7 @@ def parse_args(argv=None):
     args.out = args.out or (first if os.path.isdir(first) else first.parent) / "samples.png"
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
-    if args.out.suffix in (".jpg", ".jpeg", ".webp"):
+    if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
         parser.error("pictures are PNG: give --out FILE.png, FILE.npz or a new folder")
     return args
 

@@ -698,7 +698,7 @@ def decoder(args, device, vae=None):
     if not args.cache_latents:
         return to_uint8 if vae is None else fail(f"--vae {vae}: the checkpoint works on pixels, drop it")
     if path is None or "mean" not in args.latents:
-        fail("the checkpoint works on latents: give --vae FILE, and where it came from public weights --latent-stats")
+        fail("the checkpoint works on latents: give --vae FILE, or make it anew with train_dit.py --latent-stats")
     if vae_hash(path) != args.latents.get("vae"):
         fail(f"--vae {path} is not the file that the latents were made with")
     net = load_vae(path, device)

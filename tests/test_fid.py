@@ -524,8 +524,9 @@ def test_the_lowest_of_several_checkpoints(capsys, monkeypatch, tmp_path, traini
     monkeypatch.setattr(fid, "measure", lambda *args, measure=fid.measure: measured.append(1) or measure(*args))
     run(*paths, "--n", 2, "--steps", 1, "--allow-few", "--json", tmp_path / "fid.json")
     lines = capsys.readouterr().out.splitlines()
-    found = [re.fullmatch(r"FID (\S+)  IS \d+\.\d\d \+- \d+\.\d\d \(epoch (\d+)\)", line) for line in lines]
-    assert [m.groups() for m in found if m] == [("9.00", "200"), ("7.14", "400"), ("8.00", "600"), ("7.14", "400")]
+    found = [re.fullmatch(r"FID (\S+)  IS \d+\.\d\d \+- \d+\.\d\d \((\S+)\)", line) for line in lines]
+    want = [("9.00", paths[0]), ("7.14", paths[1]), ("8.00", paths[2]), ("7.14", paths[1])]
+    assert [m.groups() for m in found if m] == [(number, str(path)) for number, path in want]
     assert found[-1] and len(measured) == 4 and len(quick) == 1
     results = json.loads((tmp_path / "fid.json").read_text())["results"]
     assert [(r["epoch"], r["fid"]) for r in results] == [(200, 9), (400, 7.14), (600, 8)]

@@ -264,7 +264,7 @@ def test_defaults_are_the_checkpoints_own(run, capsys):
         assert word in lines[1], lines[1]
     written = json.loads((run / "one.json").read_text())
     assert written["checkpoints"] == [result] and written["top1"] == result["cells"][0]["linear"]
-    assert [c["layer"] for c in result["cells"]] == ["out_4"]
+    assert [c["layer"] for c in result["cells"]] == ["out_4"] and lines[-2] == f"wrote {run / 'one.json'}"
 
 
 def test_grid_writes_table_json_and_picture(run, capsys):
@@ -273,7 +273,8 @@ def test_grid_writes_table_json_and_picture(run, capsys):
     layers = result["layers"]
     assert len(layers) > 4 and layers == [f"out_{i + 1}" for i in range(len(layers))]
     assert re.fullmatch(r"top-1 \d+\.\d\d % \(out_\d, t=(1|66)\)", lines[-1])
-    told = [re.match(r"top-1 (\d+\.\d\d) % \((\w+)(?:, t=(\d+))?\), kNN (\d+\.\d\d) %", line) for line in lines[2:-1]]
+    told = [re.match(r"top-1 (\d+\.\d\d) % \((\w+)(?:, t=(\d+))?\), kNN (\d+\.\d\d) %", line) for line in lines[2:-3]]
+    assert lines[-3:-1] == [f"wrote {run / 'probe_grid'}.{suffix}" for suffix in ("json", "png")]
     assert [(m[2], m[3]) for m in told] == [*[(x, t) for t in ("1", "66") for x in layers], ("pixels", None)]
     assert [m[1] for m in told] == [f"{cell['linear']:.2f}" for cell in result["cells"]]
     cells = json.loads((run / "probe_grid.json").read_text())["checkpoints"][0]["cells"]
@@ -300,7 +301,9 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
     results = call(run / "epoch_2.pt", run / "epoch_1.pt")
     lines = capsys.readouterr().out.splitlines()
     best = max(result["cells"][0]["linear"] for result in results)
-    assert lines[-1] == f"top-1 {best:.2f} % (out_4, t=11)"
+    winner = max(results, key=lambda result: result["cells"][0]["linear"])
+    assert lines[-1] == f"top-1 {best:.2f} % (out_4, t=11), {run.name}, epoch {winner['epoch']}"
+    assert lines[-3:-1] == [f"wrote {run / 'probe_epochs'}.{suffix}" for suffix in ("json", "png")]
     assert [r["epoch"] for r in json.loads((run / "probe_epochs.json").read_text())["checkpoints"]] == [2, 1]
     assert is_png(run / "probe_epochs.png")
 
@@ -327,7 +330,7 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/epoch_1.pt", "--lr", "nan"], "above 0"),
         (["{run}/epoch_1.pt", "--batch", "9" * 30], "above 0"),
         (["{run}/epoch_1.pt", "--t", "nan"], "noise level nan"),
-        (["{run}/epoch_1.pt", "--pool", "gap", "cls", "--t", "1", "2"], "give one --t"),
+        (["{run}/epoch_1.pt", "--pool", "gap", "cls", "--t", "1", "2"], "go with one --t"),
         (["{run}/epoch_1.pt", "{run}/edm.pt", "--loss", "--t", "1"], "differ in formulation"),
     ],
 )
@@ -567,7 +570,9 @@ def test_several_poolings_with_and_without_cls(run, tmp_path, figures, capsys):
         state = {"script": "train_uvit", "args": vars(args), "ema": train_uvit.build(args)[0].state_dict()}
         (tmp_path / name).mkdir()
         torch.save(state | {"epoch": 3, "step": 1}, tmp_path / name / "last.pt")
-    results = call(tmp_path / "plain", tmp_path / "cls", "--grid", "--pool", "gap", "token", "cls", "--subset", "30")
+    argv = tmp_path / "plain", tmp_path / "cls", "--grid", "--pool", "gap", "token", "cls"
+    results = call(*argv, "--subset", "30", "--json", tmp_path / "fig4.json")
+    assert is_png(tmp_path / "fig4.png")  # beside the JSON file
     assert "plain/last.pt, no --pool cls" in capsys.readouterr().out
     lines = lines_of(figures[0].axes[0])
     names = ["plain, epoch 3, gap", "plain, epoch 3, token"]

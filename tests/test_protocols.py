@@ -456,7 +456,8 @@ def test_best_of_several_checkpoints(world, watch, capsys, tmp_path):
     run(probe, *paths, "--epochs", 4, "--batch", 20, "--layer", "out_2", "--json", tmp_path / "a.json")
     found = [cells[0]["linear"] for cells in cells_of(tmp_path / "a.json")]
     assert found[0] == found[2] == pytest.approx(100 / 3, abs=0.01) and found[1] > 40
-    assert capsys.readouterr().out.splitlines()[-1] == f"top-1 {found[1]:.2f} % (out_2, t=11)"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"top-1 {found[1]:.2f} % (out_2, t=11), {tmp_path.name}, epoch 1000"
     result = json.loads((tmp_path / "a.json").read_text())
     assert (result["top1"], result["epoch"]) == (found[1], 1000)
 
@@ -572,10 +573,10 @@ def test_fid_of_several_checkpoints(world, watch, monkeypatch, capsys, tmp_path)
     run(fid, *paths, "--n", 20, "--steps", 2, "--allow-few", "--json", tmp_path / "a.json")
     assert len(loaded) == 1 and looked_at(watch.inception) == [(i, False) for i in range(3 * TRAIN)]
     lines, results = [], json.loads((tmp_path / "a.json").read_text())["results"]
-    for i, (result, epoch) in enumerate(zip(results, (800, 1000, 1200), strict=True)):
+    for i, (result, path) in enumerate(zip(results, paths, strict=True)):
         want = scores(watch.images()[20 * i : 20 * i + 20], world.train, watch.inception)
         assert [result[key] for key in ("fid", "is_mean", "is_std")] == pytest.approx(want, rel=1e-4, abs=1e-5)
-        lines.append(f"FID {result['fid']:.2f}  IS {result['is_mean']:.2f} +- {result['is_std']:.2f} (epoch {epoch})")
+        lines.append(f"FID {result['fid']:.2f}  IS {result['is_mean']:.2f} +- {result['is_std']:.2f} ({path})")
     assert len({line.split()[1] for line in lines}) == 3
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FID ")]
     assert printed == [*lines, min(lines, key=lambda line: float(line.split()[1]))]

@@ -391,10 +391,11 @@ def test_mistakes_show_before_the_first_image(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
-def test_a_picture_of_another_format_is_not_taken_for_a_folder(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["a.jpg", "a.gif", "a.PNG"])
+def test_a_picture_of_another_format_is_not_taken_for_a_folder(tmp_path, capsys, name):
     with pytest.raises(SystemExit) as stop:
-        run(checkpoint(tmp_path / "a.pt"), "--out", tmp_path / "a.jpg")
-    assert stop.value.code == 2 and "pictures are PNG" in capsys.readouterr().err and not (tmp_path / "a.jpg").exists()
+        run(checkpoint(tmp_path / "a.pt"), "--out", tmp_path / name)
+    assert stop.value.code == 2 and "pictures are PNG" in capsys.readouterr().err and not (tmp_path / name).exists()
 
 
 def test_a_full_disk(tmp_path, capsys):
