@@ -1,10 +1,10 @@
 """Measure what a checkpoint knows: one linear layer on the frozen feature of every layer, at one or many noise levels.
 
-    python probe.py runs/NAME                              # at the paper's layer and level ([P] Tab. 10)
-    python probe.py runs/NAME --grid --pixels --cache      # layers x levels, beside raw input
-    python probe.py runs/NAME/epoch_{0800,1000,1200}.pt    # CIFAR: the best of three
-    python probe.py probe_epochs.json fid.json --plot fid.png     # [P] Fig. 3
-    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss     # held-out loss, paired
+    python probe.py runs/NAME                            # at the paper's layer and level ([P] Tab. 10)
+    python probe.py runs/NAME --grid --pixels --cache    # layers x levels, beside raw input
+    python probe.py runs/NAME/epoch_{0800,1000,1200}.pt  # CIFAR: the best of three
+    python probe.py probe_epochs.json fid.json --plot fid.png    # [P] Fig. 3
+    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss    # held-out loss, paired
 
 The protocol of [P] (DDAE++, arXiv:2505.10999, Tab. 11; ancestor [DDAE], arXiv:2303.09769): EMA weights, cross-entropy,
 Adam with a cosine to 0, horizontal flip only, fresh noise in each epoch, no label; one fixed noise per test image.
@@ -53,12 +53,12 @@ def stream_generator(device, *numbers):
 
 
 def ranks():
-    """This process's rank, and how many there are."""
+    """Rank and world size."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_reduce(tensor):
-    """Sum over ranks in place; with one process the tensor as it is."""
+    """Sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -94,7 +94,7 @@ def load_split(model, args, split, device):
 class Encoder:
     """The frozen network at one noise level: (x0, noise), both (B, C, H, W) -> feat (B, D) float32."""
     model: object  # of load_checkpoint
-    level: float | None  # in the paper's unit; None is the raw baseline, the clean x0 itself
+    level: float | None  # None is the raw baseline, the clean x0
     layers: dict  # name -> width of what stands side by side in D
     pool: str = "gap"  # or "token", "cls"
     autocast: object = torch.autocast("cpu", enabled=False)
@@ -453,11 +453,11 @@ def parse_args(argv=None):
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args(argv)
     if not all(0 < n < 1e15 for n in (args.epochs, args.lr, args.batch, args.subset, args.seed + 1) if n is not None):
-        parser.error("--epochs, --lr, --batch and --subset must be above 0, --seed at least 0")
+        parser.error("--epochs, --lr, --batch, --subset must be above 0, --seed at least 0")
     if args.plot and args.plot.suffix != ".png":
         parser.error("--plot takes FILE.png")
-    if len(args.pool) > 1 < len(args.t or []):
-        parser.error("several --pool go with one --t")
+    if len(args.pool) > 1 < len(args.t or []) or args.loss and (args.pool[1:] or args.features or args.pixels):
+        parser.error("several --pool go with one --t; they, --features and --pixels not with --loss")
     first = Path(args.paths[0])
     args.files, folder = first.suffix == ".json", first if os.path.isdir(first) else first.parent
     name = "probe_pools" if args.pool[1:] else "probe_epochs" if not args.grid else "probe_grid"
@@ -494,7 +494,7 @@ def main(args):
         if not args.loss:
             cell, best = max(((best_cell(r["cells"]), r) for r in results), key=lambda pair: pair[0]["linear"])
             content |= {"top1": cell["linear"], "checkpoint": best["checkpoint"], "epoch": best["epoch"]} | cell
-        if rank == 0 and args.json:  # after each: a job may be cut short
+        if rank == 0 and args.json:  # a job may be cut short
             args.json.write_text(json.dumps(content, indent=1))
     if rank == 0 and args.plot:
         (plot_losses if args.loss else plot_probes)(results).savefig(args.plot, dpi=150)

@@ -332,6 +332,7 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/epoch_1.pt", "--t", "nan"], "noise level nan"),
         (["{run}/epoch_1.pt", "--pool", "gap", "cls", "--t", "1", "2"], "go with one --t"),
         (["{run}/epoch_1.pt", "{run}/edm.pt", "--loss", "--t", "1"], "differ in formulation"),
+        (["{run}/epoch_1.pt", "--loss", "--features", "{run}/f.npz"], "not with --loss"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, capsys, argv, message):
