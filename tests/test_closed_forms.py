@@ -700,6 +700,7 @@ def test_cache_holds_an_image_and_its_mirror_image(tmp_path, monkeypatch):
 # ---- probe.py
 def test_subset_of_the_probe_keeps_its_labels():
     model = SimpleNamespace(script=T, args=T.parse_args(["--dataset", "shapes"]))
+    model.args.cache_latents = None  # as load_checkpoint leaves it
     images, labels, *_ = T.load_data(model.args, "test")
     known = {image.numpy().tobytes(): label for image, label in zip(images, labels.tolist(), strict=True)}
     flags = SimpleNamespace(data=None, dataset=None, subset=50, seed=0)
