@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -898,7 +898,7 @@ def main(args):
         torch._dynamo.config.optimize_ddp = False  # it cuts the graph into seven
         net.compile()
         average.net.encode = torch.compile(average.net.encode)
-    ddp = DDP(objective, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else objective
+    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
