@@ -378,16 +378,15 @@ def reference(model, samples, net, args, rank, world):
 # ---- 5. Flags and main -------------------------
 def parse_args(argv=None):
     """Flags -> Namespace."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("samples", nargs="+", metavar="{CKPT,DIR,NPZ}", help="checkpoints, run folders, folders of PNGs or npz files")
     add("--ref", metavar="{DATASET,DIR,NPZ}", help="training split of a data set, folder of PNGs, npz of images or of "
-        "mu and sigma; None: the data set that the first checkpoint was trained on")  # fmt: skip
-    add("--n", type=int, default=50_000, help="images of each; a folder's or npz's first ones ([P])")
+        "mu and sigma (default: the data set that the first checkpoint was trained on)")  # fmt: skip
+    add("--n", type=int, default=50_000, help="images, of a folder or npz the first (default: 50000, as DDAE++)")
     add("--allow-few", action="store_true", help=f"do not insist on {LEAST} images: to try things out")
-    add("--weights", metavar="FILE", help="None: pytorch-fid's, from torch's hub cache or the net")
-    add("--data", help="root of data sets; None: the checkpoint's, else ./data")
+    add("--weights", metavar="FILE", help="(default: pytorch-fid's, from torch's hub cache or the net)")
+    add("--data", help="root of data sets (default: the checkpoint's, else ./data)")
     add("--json", type=Path, metavar="FILE", help="write the results here, too")
     add_sampling_flags(parser.add_argument_group("sampling from checkpoints, as in sample.py").add_argument)
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Measure what a checkpoint knows: one linear layer on the frozen feature of every layer, at one or many noise levels.
+"""What a checkpoint knows: a linear layer on the frozen feature of every layer, at many noise levels. [P] is DDAE++
 
     python probe.py runs/NAME                            # at the paper's layer and level ([P] Tab. 10)
     python probe.py runs/NAME --grid --pixels --cache    # layers x levels, beside raw input
@@ -433,7 +433,7 @@ def parse_args(argv=None):
     add("--layer", nargs="+", metavar="L", help="None: the checkpoint's --layer, [P] Tab. 10")
     add("--grid", action="store_true", help="every layer, at several levels")
     add = parser.add_argument_group("protocol ([P]) and run").add_argument
-    add("--t", nargs="+", type=float, metavar="T", help="noise levels; None: the checkpoint's --cl-t, [P] Tab. 10")
+    add("--t", nargs="+", type=float, metavar="T", help="levels; None: with --grid, --loss a list, else --cl-t")
     add("--pool", nargs="+", choices=["gap", "token", "cls"], default=["gap"], help="mean, random token, [CLS] token")
     add("--pixels", action="store_true", help="also the flattened clean pixels or latents")
     add("--epochs", type=int, help="[P] Tab. 11; None: CIFAR 15, others 30")
@@ -445,7 +445,7 @@ def parse_args(argv=None):
     add("--cache", action="store_true", help="fix the noise and train on stored features; kNN, too")
     add("--dataset", help="None: the training run's")
     add("--data", help="data root, or the cache of latents; None: the training run's")
-    add("--json", type=Path, metavar="FILE", help="all results; None: with --grid, --loss, several RUNs")
+    add("--json", type=Path, metavar="FILE", help="results; None: beside the first RUN, but not of one cell")
     add("--plot", type=Path, metavar="FILE.png", help="the picture; None: as --json")
     add("--features", type=Path, metavar="FILE.npz", help="features (last RUN, level, pool), labels")
     add("--seed", type=int, default=0, help="of order, flips and noise")

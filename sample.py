@@ -157,16 +157,16 @@ def draw_grid(images, columns, names):
 
 def add_sampling_flags(add):
     """The flags of generate, which fid.py has as well; add is an add_argument."""
-    add("--steps", type=int, help="steps; None: DDIM 100 (divisors of 1000), Heun 18, RF adaptive (no steps), DiT 250")
-    add("--labels", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (i modulo all), random or numbers")
-    add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off; None: 1.5, [P] Tab. 8")
-    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its times; None: 0 0.89, [P] Tab. 8")
-    add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents; None: the training run's")
-    add("--seed", type=int, default=0, help="of the set; image i depends on (seed, i) only")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="bf16 moves DDIM's pixels by up to 18 of 255")
-    add("--compile", action=argparse.BooleanOptionalAction, help=f"None: on a GPU, for more than {8 * BLOCK} images")
-    add("--batch", type=int, default=BLOCK, help=f"images per network evaluation and rank, at most {BLOCK}")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    add("--steps", type=int, help="(default: DDIM 100, of divisors of 1000; Heun 18; RF adaptive, no steps; DiT 250)")
+    add("--labels", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (default), random or numbers")
+    add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off (default: 1.5, DDAE++ Tab. 8)")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its times (default: 0 0.89)")
+    add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents (default: the run's)")
+    add("--seed", type=int, default=0, help="image i depends on (seed, i) only (default: 0)")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="(default: off; bf16 moves pixels by up to 18)")
+    add("--compile", action=argparse.BooleanOptionalAction, help=f"(default: on a GPU, above {8 * BLOCK} images)")
+    add("--batch", type=int, default=BLOCK, help=f"images per network evaluation and rank (default: {BLOCK}, the most)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
 
 def sampling(args):
@@ -187,11 +187,10 @@ def sampling(args):
 
 def parse_args(argv=None):
     """Flags -> Namespace."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("ckpt", nargs="+", metavar="CKPT", help="checkpoint files, or run folders (then their last.pt)")
-    parser.add_argument("--n", type=int, help="images; None: 64, 8 for each column of a class, 12 for a named row")
-    parser.add_argument("--out", type=Path, help="new folder, FILE.npz or FILE.png; None: samples.png beside the first")
+    parser.add_argument("--n", type=int, help="images (default: 64; 8 for each column of a class, 12 for a named row)")
+    parser.add_argument("--out", type=Path, help="new folder, FILE.npz or FILE.png (default: samples.png beside CKPT)")
     add_sampling_flags(parser.add_argument)
     args = parser.parse_args(argv)
     first = Path(args.ckpt[0])

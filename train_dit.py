@@ -1,4 +1,4 @@
-"""Train a DiT that generates and represents: DDAE++ on VA-VAE latents or on pixels, in one file.
+"""Train a DiT that generates and represents: DDAE++ [P] on VA-VAE latents or on pixels.
 
 [P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al., 2303.09769
 [DiT]  Peebles and Xie, 2212.09748   [RoPE] Su et al., 2104.09864
@@ -672,7 +672,7 @@ def load_latents(args, split):
             warnings.simplefilter("ignore")  # it cannot be written to: "c" could, but counts against memory
             latents = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="r"))  # read when indexed
         labels = torch.from_numpy(np.load(folder / f"{split}.labels.npy")).long()
-        if latents.shape[:3] != (len(labels), 2, len(meta["mean"])) or labels.max() >= len(meta["classes"]):
+        if latents.shape[:3] != (len(labels), 2, len(meta["mean"])) or labels.max() >= max(1, len(meta["classes"])):
             raise ValueError(f"{tuple(latents.shape)} latents, {len(labels)} labels")
         return latents, labels, meta["classes"]
 
@@ -955,7 +955,7 @@ def save_grid(args, ema, diffusion, device, epoch):
 
 
 # ---- 8. Flags ----------------------------------
-@told("these flags, or those of the run in --out, do not fit")
+@told("--cl-t, --layer or other flags do not fit")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -965,7 +965,7 @@ def parse_args(argv=None):
     add("--patch", type=int, help="side of a patch (default: latents 1; pixels resolution / 16, at least 2)")
     add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive", help="(default: off; bare: adaptive)")
     add("--layer", help="block of the feature (default: [P] Tab. 10; other sizes the same share of it)")
-    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="class-conditional (bare: all)")
+    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="class-conditional (bare: as data)")
     add("--qk-norm", action="store_true", help="RMSNorm of queries and keys: steadier in fp16")
     add = parser.add_argument_group("contrastive part").add_argument
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
@@ -983,12 +983,12 @@ def parse_args(argv=None):
     add("--accum", type=int, default=1, help="passes per batch (default: 1)")
     add("--lr", type=float, help="of Adam, constant (default: 2e-4; tiny 2e-3)")
     add("--ema", type=float, help="decay per step (default: 0.9999, tiny 0.999)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="of every random number (default: 0)")
+    add("--seed", type=int, default=0, help="(default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="(default: runs/<from the flags>)")
-    add("--resume", action="store_true", help="go on from last.pt; with --out its flags")
+    add("--resume", action="store_true", help="go on; with --out by the run's flags")
     add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth; imagenet 20)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")

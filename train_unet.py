@@ -1,4 +1,4 @@
-"""Train a UNet that generates and represents: DDAE++ under DDPM, EDM or rectified flow, in one file.
+"""Train a UNet that generates and represents: DDAE++ [P] under DDPM, EDM or rectified flow.
 
 [P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al., 2303.09769
 [DDPM] Ho et al., 2006.11239       [DDIM] Song et al., 2010.02502
@@ -903,7 +903,7 @@ def save_grid(args, ema, diffusion, device, epoch):
 
 
 # ---- 8. Flags ----------------------------------
-@told("these flags, or those of the run in --out, do not fit")
+@told("--cl-t, --layer or other flags do not fit")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -926,12 +926,12 @@ def parse_args(argv=None):
     add("--accum", type=int, default=1, help="passes per batch (default: 1)")
     add("--lr", type=float, help="constant after a warm-up of 13 epochs, EDM 200 (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="decay per step (default: 0.9999, EDM 0.9993, tiny 0.999)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="of every random number (default: 0)")
+    add("--seed", type=int, default=0, help="(default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="(default: runs/<from the flags>)")
-    add("--resume", action="store_true", help="go on from last.pt; with --out its flags")
+    add("--resume", action="store_true", help="go on; with --out by the run's flags")
     add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")

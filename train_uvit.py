@@ -1,4 +1,4 @@
-"""Train a U-ViT that generates and represents: DDAE++ with a [CLS] token, in one file.
+"""Train a U-ViT that generates and represents: DDAE++ [P] with a [CLS] token.
 
 [P]    DDAE++, arXiv:2505.10999v1, after [DDAE] Xiang et al., 2303.09769
 [UViT] Bao et al., 2209.12152      [EDM] Karras et al., 2206.00364
@@ -716,7 +716,7 @@ def save_grid(args, ema, diffusion, device, epoch):
 
 
 # ---- 8. Flags ----------------------------------
-@told("these flags, or those of the run in --out, do not fit")
+@told("--cl-t, --layer or other flags do not fit")
 def parse_args(argv=None):
     """Flags -> Namespace, every default resolved."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -724,13 +724,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model, augmentation, contrast").add_argument
     add("--size", choices=[*SIZES], default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
     add("--cls-token", action="store_true", help="self-conditioning")
-    add("--layer", help="in_1, .., mid, out_1, .. (default: [P] Tab. 10)")
-    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="class-conditional (bare: all)")
+    add("--layer", help="of the feature: in_1 .. mid .. out_n (default: [P] Tab. 10)")
+    add("--cond", nargs="?", type=int, const=1, default=0, metavar="CLASSES", help="class-conditional (bare: as data)")
     add("--aug", type=float, metavar="P", help="probability of each transform (default: 0; 0.12 with --cl)")
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
     add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or not (default: time)")
     add("--cl-t", type=float, metavar="LEVEL", help="level of teacher and probe (default: [P] Tab. 10)")
-    add("--cl-target", choices=["cls", "gap"], help="(default: cls with --cls-token)")
+    add("--cl-target", choices=["cls", "gap"], help="of --cl (default: cls with --cls-token)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100 or a folder ROOT/NAME (default: shapes)")
     add("--data", default="./data", metavar="ROOT", help="of data sets (default: ./data)")
@@ -741,12 +741,12 @@ def parse_args(argv=None):
     add("--accum", type=int, default=1, help="passes per batch (default: 1)")
     add("--lr", type=float, help="after warm-up (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="decay per step (default: 0.9999, tiny 0.999)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="of every random number (default: 0)")
+    add("--seed", type=int, default=0, help="(default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="(default: runs/<from the flags>)")
-    add("--resume", action="store_true", help="go on from last.pt; with --out its flags")
+    add("--resume", action="store_true", help="go on; with --out by the run's flags")
     add("--init", metavar="FILE", help="start from official weights")
     add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
     add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint")

@@ -459,6 +459,16 @@ def test_latents_that_are_not_finite_are_refused(pictures, tmp_path, capsys, mon
     assert stop.value.code == 2 and "infinity or NaN" in capsys.readouterr().err
 
 
+def test_images_without_classes_become_latents(pictures, tmp_path):
+    for file in (pictures[0] / "data/pics").glob("*/*/*.png"):
+        split = tmp_path / "flat" / file.parts[-3]
+        split.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, split)
+    flags = ["--dataset", "flat", "--data", str(tmp_path), *pictures[1][4:], "--cache-latents", str(tmp_path / "cache")]
+    assert train(tmp_path / "run", *flags, "--max-steps", "1")[0]["step"] == 1
+    assert load(tmp_path / "run")["args"]["classes"] == []
+
+
 def test_one_job_at_a_time_makes_a_cache(pictures, tmp_path, capsys):
     _lock = D.claim(pictures[0] / tmp_path.name)
     with pytest.raises(SystemExit) as stop:
