@@ -5,7 +5,7 @@
 [EDM]  Karras et al., 2206.00364   [EDM2] Karras et al., 2312.02696
 [RF]   Liu et al., 2209.03003      [MoCo] Chen et al. 2021, MoCo v3, 2104.02057
 
-    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond  # a laptop, five minutes
+    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond  # a CPU core, seven minutes
     torchrun --nproc_per_node=4 train_unet.py --dataset cifar100 --model edm --backbone ddpm --self-cond --cl 0.01
 
 x0 clean image   x_t noisy image   eps unit noise   level: step t, noise std sigma or time t, (B,)   v velocity
