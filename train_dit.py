@@ -53,7 +53,7 @@ from tqdm import tqdm
 SIZES = {  # width, depth, heads: [DiT] Tab. 1. UNSPECIFIED: tiny is ours, for a CPU
     "tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
 }
-# [P] Tab. 11, EMA Tab. 8, for latents; head: [MoCo]'s for ViTs. UNSPECIFIED: their gradient clipping, ours
+# [P] Tab. 11, EMA Tab. 8; epochs: of pixels. Head: [MoCo]'s for ViTs. UNSPECIFIED: latents' gradient clipping, ours
 PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0.0, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}  # ours
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # anything else: 64, latents 256
@@ -319,16 +319,16 @@ class LatentRF(Formulation):
         return self.add_noise(x0, level, noise), 1 - per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Squared error of v = eps - x0, plus 1 - cos(v_hat, v) along channels, [LDiT]; and the net's (feat, e_t)."""
+        """Squared error of v = eps - x0, plus 1 - cos(v_hat, v) along channels, [LDiT]; and the net's (feat, e_t).
+
+        DEVIATION: eps is 0.1. v_hat starts at 0, where torch's 1e-8 makes gradients of 1e8, too many for fp16.
+        """
         out, *more = net(*self.inputs(x0, level, noise), y, aug, with_feat=True)
         v, v_hat = noise - x0, -out.float()
-        return F.mse_loss(v_hat, v) + (1 - F.cosine_similarity(v_hat, v, dim=1)).mean(), more
+        return F.mse_loss(v_hat, v) + (1 - F.cosine_similarity(v_hat, v, dim=1, eps=0.1)).mean(), more
 
     def velocity(self, net, x, t, y=None, cfg=1.0, interval=(0.0, 1.0)):
-        """v_hat (B, C, H, W) at time t, a number; guided inside the interval. [CFG], [Int]
-
-        DEVIATION: [DiT]'s code guides the first three channels only; [P] guides all.
-        """
+        """v_hat (B, C, H, W) at time t, a number; guided inside the interval, on all channels [P]. [CFG], [Int]"""
         guided = y is not None and cfg != 1 and interval[0] <= t <= interval[1]
         if guided:  # with the class and without, as one batch
             x, y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, -1)])
@@ -1038,7 +1038,7 @@ def read_flags(parser, argv):
     parser.error = fail
     parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
-    if args.resume and args.out and Path(args.out, "last.pt").is_file():
+    if args.resume and args.out:
         state = read_checkpoint(Path(args.out, "last.pt"))
         run = {k: v for k, v in state.get("args").items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
@@ -1168,7 +1168,7 @@ def main(args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     saved, launcher = time.time() - SAVE_SECONDS + 60, os.getppid()
-    if step == end == rank == 0:
+    if end == rank == 0:  # --max-steps 0
         save_run(args, parts, 0, 0, keep=False)
 
     # 4. The loop.

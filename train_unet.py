@@ -608,7 +608,7 @@ def draw_numbers(n, shape, diffusion, generator):
 def make_view(images, labels, numbers, args):
     """One view of B images, from their rows of draw_numbers: x0, level, noise, y, aug of diffusion.loss.
 
-    x0 is flipped and augmented, aug (B, 9) or None says how. y is None: the UNets of [P] see no class.
+    x0 is flipped, then augmented as aug (B, 9) or None says. y is None: the UNets of [P] see no class.
     """
     uniform, normal, level, noise = numbers
     x0, aug = to_x0(images, flip=uniform[:, 0] < 0.5), None
@@ -619,7 +619,7 @@ def make_view(images, labels, numbers, args):
 
 
 def gate_augment(uniform, normal, p):
-    """Keep each transform with probability p; 0 is no change. [EDM] App. F.2: x-flip at 1/2, angle r of half.
+    """Keep each transform with probability p; 0 is no change. x-flip and angle r: 1/2, whatever p. [EDM] App. F.2
 
     uniform: (B, 10) in [0, 1): x-flip, y-flip, theta, r; gates of y-flip, scale, theta, w, both shifts, r.
     normal: (B, 4): scale, w, tx, ty.
@@ -964,7 +964,7 @@ def read_flags(parser, argv):
     parser.error = fail
     parser.set_defaults(classes=[])  # their names, of the data
     args = parser.parse_args(argv)
-    if args.resume and args.out and Path(args.out, "last.pt").is_file():
+    if args.resume and args.out:
         state = read_checkpoint(Path(args.out, "last.pt"))
         run = {k: v for k, v in state.get("args").items() if k in vars(args)}
         parser.set_defaults(**run | {"max_steps": None})
@@ -1093,7 +1093,7 @@ def main(args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     saved, launcher = time.time() - SAVE_SECONDS + 60, os.getppid()
-    if step == end == rank == 0:
+    if end == rank == 0:  # --max-steps 0
         save_run(args, parts, 0, 0, keep=False)
 
     # 4. The loop.

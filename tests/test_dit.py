@@ -102,7 +102,7 @@ def test_transport(golden, monkeypatch):
         f.check(f"sample_{name}", rf.sample(net, start, points - 1, shift=shift))
     mse, cos = f.outputs["loss_per_sample"].mean(), f.outputs["cos_loss_per_sample"].mean()
     f.check("loss_per_sample", rf.loss(net, data, t, noise)[0], mse + cos)
-    monkeypatch.setattr(D.F, "cosine_similarity", lambda v_hat, v, dim: torch.ones(len(v)))
+    monkeypatch.setattr(D.F, "cosine_similarity", lambda v_hat, v, dim, eps: torch.ones(len(v)))
     f.check("loss_per_sample", rf.loss(net, data, t, noise)[0], mse)
 
 
@@ -155,6 +155,15 @@ def test_training_starts_at_zero_output_and_the_self_conditioning_mlp_at_zero():
     x = torch.randn(2, 3, 16, 16)
     assert net(x, torch.rand(2)).abs().max() == 0  # AdaLN-zero
     assert net.self_cond.mlp[2].weight.abs().max() == net.self_cond.mlp[2].bias.abs().max() == 0
+
+
+def test_the_first_gradient_is_no_giant():
+    """The output starts at zero, where a cosine has no direction: fp16 would overflow, Adam remember it."""
+    args = D.parse_args(["--size", "tiny"])
+    net, rf = D.build(args)
+    x0, noise = torch.randn(2, 8, *net.shape)
+    rf.loss(net, x0, torch.full((8,), 0.5), noise)[0].backward()
+    assert torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() < 10
 
 
 def test_teacher_stops_at_the_layer_and_feature_is_the_pooled_block():
