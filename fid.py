@@ -399,7 +399,8 @@ def main(args):
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")  # of the sampler, as in sample.py; the Inception's stays full
     if args.json and rank == 0:
-        args.json.open("ab").close()  # what cannot be written shows now
+        if args.json.is_dir() or not os.access(args.json if args.json.exists() else f"{args.json.parent}/", os.W_OK):
+            fail(f"cannot write {args.json}: name a file in a folder that exists")
 
     # 1. What is scored, with what, against what: mistakes show before the long part.
     opened = [open_samples(path, args, device) for path in args.samples]

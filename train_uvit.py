@@ -228,8 +228,7 @@ class UViT(nn.Module):
 
 
 # ---- 3. Self-conditioning: the [CLS] token -----
-# The token in front (UViT.tokens) reads all patches by attention and gives back what it has read, in every block.
-# Only the denoising loss trains it, until --cl is on. [P]
+# The token in front (UViT.tokens) reads all patches and gives back what it has read, in every block. [P]
 
 
 # ---- 4. Diffusion formulation ------------------
@@ -386,13 +385,13 @@ def read_folder(root, split, resolution):
 def load_data(args, split):
     """Images uint8 (N, 3, resolution, resolution), labels (N,), both on the CPU, and class names."""
     name, train, root = args.dataset, split == "train", Path(args.data, args.dataset)
+    if (name not in RESOLUTIONS or name != "shapes" and args.resolution != 32) and not (root / "train").is_dir():
+        fail(f"{name}: no folder {root}/train; only shapes and 32-pixel CIFAR do without")
     with FileLock(Path(torch.hub.get_dir(), f"{root.name}.lock")):  # one downloads or decodes, the others wait
         if (root / "train").is_dir():
             return read_folder(root, split, args.resolution)
         if name == "shapes":
             return *draw_shapes(10000 if train else 2000, 0 if train else 1, args.resolution), SHAPES
-        if name not in ("cifar10", "cifar100") or args.resolution != 32:
-            fail(f"--dataset {name}: no folder {root}/train; only shapes and 32-pixel CIFAR do without")
         with told(f"no download of {name}: put its images into {root}/train/<class>/"):
             stored = getattr(datasets, name.upper())(args.data, train, download=True)
     images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
@@ -603,8 +602,8 @@ def setup_distributed(device):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    if rank > 0:  # what another rank fails of comes first
-        sys.excepthook = lambda *error: (time.sleep(5), sys.__excepthook__(*error))
+    if rank > 0:  # what another fails of comes first; 15: SIGTERM
+        sys.excepthook = lambda *error: (signal.signal(15, signal.SIG_DFL), time.sleep(5), sys.__excepthook__(*error))
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
@@ -677,7 +676,7 @@ def load_run(path, parts):
 
 
 def claim(out):
-    """Lock the folder of a run; it dies with its process. Clears what a kill left."""
+    """Lock a run's folder; it dies with its process. Clears what a kill left."""
     lock = FileLock(Path(out, ".lock"), timeout=0)
     with told(f"{out}: another job is writing there", Timeout):
         lock.acquire()
@@ -701,6 +700,7 @@ def all_finite(stats, run):
     """A step's numbers averaged over ranks; a diverged run ends here, unsaved."""
     values = RankMean.apply(torch.stack([*stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
 
@@ -789,7 +789,7 @@ def read_flags(parser, argv):
 
 
 def resolve_flags(parser, args, defaults, name):
-    """Fill in defaults, check numbers, name the run after the flags that were given."""
+    """Fill in defaults, check numbers, name the run after the flags given."""
     given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and v not in name and k not in FREE}
     name = "-".join([*name, *(k if v is True else f"{k}-{v}" for k, v in given.items())])
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k, None) is None})
@@ -853,14 +853,14 @@ def main(args):
     """Train. args.out gets last.pt, epoch_NNNN.pt, metrics.jsonl, args.json, samples_NNNN.png."""
     # 1. Where we run, how the batch is cut.
     rank, world, device = setup_distributed(args.device)
-    cuda, last = device.type == "cuda", Path(args.out, "last.pt")
+    cuda, last, launcher = device.type == "cuda", Path(args.out, "last.pt"), os.getppid()
     local = args.batch // (world * args.accum)  # images of one rank in one pass
     if args.batch % (world * args.accum):
         fail(f"--batch {args.batch} is not divisible by ranks x --accum = {world} x {args.accum}")
     if last.is_file() and not args.resume:
         fail(f"--out {args.out} holds a run: add --resume, or take another --out")
 
-    # 2. Data: on the device, unless they would fill a third of it.
+    # 2. Data: on the device, unless they fill a third of it.
     nothing = *torch.empty(2, 1).expand(2, args.batch), args.classes
     images, labels, classes = load_data(args, "train") if args.max_steps != 0 else nothing
     if args.classes not in ([], classes) or not classes and getattr(args, "cond", 0) == 1:
@@ -890,7 +890,7 @@ def main(args):
     optimizer = make_optimizer(objective, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"objective": objective, "average": average, "optimizer": optimizer, "scaler": scaler}
-    _lock = claim(args.out) if rank == 0 else None  # held while it lives
+    _lock = claim(args.out) if rank == 0 else None  # while it lives
     step = load_run(last, parts) if args.resume else 0
     if step > end:
         fail(f"--resume: {last} is past step {end}: give more --epochs or --max-steps")
@@ -903,11 +903,11 @@ def main(args):
         start_run(args, net, step, {"ranks": world, "device": torch.cuda.get_device_name() if cuda else "cpu"})
         print(f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images; {device}, {amp}")
     bar = tqdm(total=end, initial=step, unit="step", disable=rank > 0, mininterval=1)
-    # A signal or torchrun's end: finish the step, save. First save: after a minute.
+    # A signal or torchrun's end: finish the step, save. First save in a minute.
     generator, order, since, stop, signals = torch.Generator(device), None, (step, time.time()), 0, [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
-    saved, launcher = time.time() - SAVE_SECONDS + 60, os.getppid()
+    saved = time.time() - SAVE_SECONDS + 60
     if end == rank == 0:  # --max-steps 0
         save_run(args, parts, 0, 0, keep=False)
 

@@ -443,6 +443,8 @@ def test_mistakes_that_need_no_network(capsys, tmp_path):
     assert "does not exist" in error_of(capsys, run, tmp_path / "none")
     for bad in (tmp_path / "none" / "a.json", tmp_path):
         assert str(bad) in error_of(capsys, run, few, "--ref", few, "--json", bad)
+    assert "2048" in error_of(capsys, run, few, "--ref", few, "--json", tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     assert "is no file" in error_of(capsys, run, pipe)

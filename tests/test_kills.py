@@ -314,12 +314,15 @@ def test_two_jobs_and_leftovers(what):
 
 # ---- torchrun
 @contextlib.contextmanager
-def torchrun(tmp_path, *flags):
-    """train_uvit.py on two ranks, 10 000 steps unless flags say otherwise: the launcher; nothing stays behind."""
+def torchrun(tmp_path, *flags, first=""):
+    """train_uvit.py on two ranks, 10 000 steps unless flags say otherwise: the launcher; nothing stays behind.
+
+    first: Python that changes the script, s.
+    """
     start = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import conftest, train_uvit as s"
     body = "import ast, pathlib; end = ast.parse(pathlib.Path(s.__file__).read_text()).body[-1:]"
     call = "exec(compile(ast.Module(end, []), 's', 'exec'), vars(s) | {'__name__': '__main__'})"
-    program = ["-c", f"{start}; vars(s).update(conftest.shrink(s)); {body}; {call}"]
+    program = ["-c", f"{start}; vars(s).update(conftest.shrink(s)); {first}\n{body}; {call}"]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", sys.executable]
     argv = ["--size", "tiny", "--dataset", "shapes", "--batch", "8", "--epochs", "1250", "--out", "run", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDAE_JOB": str(tmp_path)}
@@ -365,7 +368,33 @@ def test_ranks_end_with_their_launcher(tmp_path, way):
 
 
 @linux
-@pytest.mark.parametrize("flags", ["--out err", "--batch 7", "--lr x"])
+def test_ranks_end_with_a_launcher_that_dies_while_data_are_read(tmp_path):
+    """When the loop begins their parent is another process already."""
+    slow = "lambda *args, load=s.load_data: (open(s.os.environ['RANK'], 'w'), s.time.sleep(4), load(*args))[2]"
+    with torchrun(tmp_path, first=f"s.load_data = {slow}") as job:
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            assert job.poll() is None, (tmp_path / "err").read_text()[-2000:]
+            time.sleep(0.1)
+        job.kill()
+        job.wait()
+        end = time.time() + 60
+        while running(tmp_path) and time.time() < end:
+            time.sleep(0.1)
+        assert not running(tmp_path)
+    assert load(tmp_path / "run")["step"] == 1
+
+
+@linux
+def test_divergence_is_told_once(tmp_path):
+    """The ranks that do not speak wait for the launcher's SIGTERM, which ends them."""
+    with torchrun(tmp_path, first="s.learning_rate = lambda *_: float('nan')") as job:
+        assert job.wait(120)
+    said = (tmp_path / "err").read_text()
+    assert said.count("error: ") == said.count("training diverged") == 1 and "[rank" not in said, said
+
+
+@linux
+@pytest.mark.parametrize("flags", ["--out err", "--batch 7", "--lr x", "--dataset nowhere"])
 def test_a_mistake_is_told_once_by_all_ranks(tmp_path, flags):
     """One line is ours; what follows the launcher's first line is its own."""
     with torchrun(tmp_path, *flags.split()) as job:

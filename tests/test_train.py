@@ -1,6 +1,7 @@
 """train_unet.py as its user runs it: steps, resume, ranks, stops and mistakes."""
 
 import argparse
+import ast
 import json
 import math
 import os
@@ -203,6 +204,20 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
     train(tmp_path, "--resume", "--max-steps", "4")
     assert load(tmp_path)["step"] == 4 and not [*tmp_path.glob("*.tmp")]
+
+
+def test_full_memory_is_told_in_one_line(capsys):
+    """By what stands at the script's end."""
+
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    (*_, end) = ast.parse((ROOT / "train_unet.py").read_text()).body
+    names = vars(T) | {"__name__": "__main__", "main": main, "parse_args": lambda: None}
+    with pytest.raises(SystemExit) as stop:
+        exec(compile(ast.Module([end], []), "end", "exec"), names)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: stopped (CUDA out of memory") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("interval", [1, 100])
