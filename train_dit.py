@@ -50,6 +50,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients: pytorch #169849, #196678
 SIZES = {  # width, depth, heads: [DiT] Tab. 1. UNSPECIFIED: tiny is ours, for a CPU
     "tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16),
 }

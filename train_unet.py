@@ -47,7 +47,8 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-BACKBONES = {  # [P] Tab. 9. UNSPECIFIED: tiny is ours, for a CPU
+torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients: pytorch #169849, #196678
+BACKBONES = {  # [P] Tab. 9. UNSPECIFIED: tiny is ours
     "ddpm": {"width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "biggan": False},
     "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
     "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False},
@@ -264,8 +265,8 @@ class UNet(nn.Module):
     def forward(self, x, t, y=None, aug=None, with_feat=False):
         """One raw evaluation: the prediction (B, 3, H, W); with_feat (prediction, feat, e_t), see encode.
 
-        x: (B, 3, H, W), scaled as the formulation wants it. t: (B,), the formulation's network time.
-        y: must be None, the UNets of [P] are unconditional. aug: label (B, 9), None equals zeros.
+        x: (B, 3, H, W), scaled by the formulation. t: (B,), the formulation's network time.
+        y: None, [P]'s UNets are unconditional. aug: label (B, 9), None equals zeros.
         """
         out, feat, e_t = self.run(x, t, y, aug)
         return (out, feat, e_t) if with_feat else out
@@ -910,9 +911,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("model, augmentation, contrast").add_argument
     add("--model", choices=["ddpm", "edm", "rf"], default="ddpm", help="formulation (default: ddpm)")
-    add("--backbone", choices=[*BACKBONES], default="ddpm", help="35.7 M, 56.5 M or 1.7 M parameters (default: ddpm)")
+    add("--backbone", choices=[*BACKBONES], default="ddpm", help="35.7, 56.5 or 1.7 M parameters (default: ddpm)")
     add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive", help="(default: off; bare: adaptive)")
-    add("--layer", help="decoder block of the feature, out_1, out_2, .. (default: [P] Tab. 10)")
+    add("--layer", help="decoder block of the feature, out_1 .. (default: [P] Tab. 10)")
     add("--aug", type=float, metavar="P", help="probability of each transform (default: 0; 0.12 with --cl)")
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the MoCo loss (default: 0; [P]: 0.01)")
     add("--cl-head", choices=["time", "moco"], default="time", help="time-dependent or not (default: time)")
@@ -923,9 +924,9 @@ def parse_args(argv=None):
     add("--resolution", type=int, help="(default: shapes 16, CIFAR 32, folders 64)")
     add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
     add("--epochs", type=int, help="(default: 2000; tiny 5)")
-    add("--batch", type=int, help="total over all ranks (default: ddpm 512, ddpmpp 256, tiny 32)")
+    add("--batch", type=int, help="over all ranks (default: ddpm 512, ddpmpp 256, tiny 32)")
     add("--accum", type=int, default=1, help="passes per batch (default: 1)")
-    add("--lr", type=float, help="constant after a warm-up of 13 epochs, EDM 200 (default: 4e-4; tiny 2e-3)")
+    add("--lr", type=float, help="after a warm-up of 13 epochs, EDM 200 (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="decay per step (default: 0.9999, EDM 0.9993, tiny 0.999)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 where it is fast")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
@@ -952,7 +953,7 @@ def parse_args(argv=None):
 
 
 def build(args):
-    """Untrained network and formulation, on the CPU: (UNet, DDPM | EDM | RF)."""
+    """Untrained (UNet, DDPM | EDM | RF), on the CPU."""
     net = UNet(args.resolution, **BACKBONES[args.backbone], dropout=args.dropout, aug_dim=9 if args.aug > 0 else 0,
                layer=args.layer, self_cond=args.self_cond)
     if args.model == "edm":

@@ -47,6 +47,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients: pytorch #169849, #196678
 # width, depth, heads. S: [P] Tab. 9; M: [UViT]. UNSPECIFIED: tiny is ours
 SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
 # [P] Tab. 11, EMA Tab. 8; head: [MoCo]'s
@@ -766,7 +767,6 @@ def build(args):
     """Untrained (UViT, DDPM), on the CPU."""
     net = UViT(args.resolution, args.patch, *SIZES[args.size], classes=args.cond and max(args.cond, len(args.classes)),
                aug_dim=9 * (args.aug > 0), layer=args.layer, cls_token=args.cls_token, target=args.cl_target)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # NaNs near 257 tokens: pytorch #169849
     return net, DDPM(time_scale=0.999)  # [UViT]: t in [0, 1000)
 
 

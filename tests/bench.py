@@ -93,7 +93,6 @@ def seconds(work, *args):
 def train(script, flags, steps, each=lambda step: None):
     """Run main, each(step) in every step: median img/s after the warm-up, the GPU's peak memory without the data."""
     cuda, rate = torch.cuda.is_available(), script.learning_rate
-    torch.backends.cuda.enable_cudnn_sdp(True)  # train_uvit.build switches it off for good
     torch.compiler.reset()  # or a second network is compiled for batches of any size
     gc.collect()  # compiled networks refer to themselves
 

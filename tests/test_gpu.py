@@ -53,7 +53,6 @@ RUNS = {  # as their user trains them
 def setting(monkeypatch):
     """All cores for the CPU's side, compiled code of this test alone; float32 means float32; nothing set is left."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_num_threads(os.cpu_count() if CUDA else threads)
     torch._dynamo.reset()
     counters.clear()
@@ -63,7 +62,6 @@ def setting(monkeypatch):
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def some_shapes(make, n, _, *rest):
@@ -197,8 +195,8 @@ def check_attention(attend, exact, qkv, some=slice(None)):
 @pytest.mark.parametrize("low", [False, True], ids=["", "low"])
 def test_attention_of_each_length(n, heads, width, low):
     """U-ViT's tokens, DiT's, the UNet's. cuDNN's kernels have had NaNs at lengths that 128 does not divide (pytorch
-    #169849), and where all logits of a row are far below zero (#196678, which needs a mask)."""
-    torch.backends.cuda.enable_cudnn_sdp(heads != 8)  # as the scripts have it: train_uvit.build switches it off
+    #169849), and where all logits of a row are far below zero (#196678): the scripts leave them out."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     qkv = torch.randn(2, n, 3, heads, width, generator=torch.Generator().manual_seed(n))
     if low:
         qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 1, -120 * width**0.5
@@ -210,7 +208,6 @@ def test_attention_of_each_length(n, heads, width, low):
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_the_cls_token_and_its_neighbour(n, masked):
     """UViTAttention with [CLS] and the augmentation token apart, or not."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as train_uvit.build
     torch.manual_seed(n)
     layer, x, hidden = train_uvit.UViTAttention(512, 8, masked), 1.5 * torch.randn(2, n, 512), torch.zeros(n, n).bool()
     hidden[0, 1] = hidden[1, 0] = masked
@@ -357,7 +354,6 @@ def runs(tmp_path_factory):
             patch.setattr(script, "save_grid", lambda *_: None)
             train(script, folder / name, f"{flags} --max-steps 20 --no-compile", torch.device("cpu"))
             patch.undo()
-    torch.backends.cuda.enable_cudnn_sdp(True)  # as users have it; U-ViT's build switches it off again
     return {path.name: path for path in folder.iterdir()}
 
 
