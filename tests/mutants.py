@@ -260,7 +260,7 @@ MUTANTS = {
         ("DiT: fixed positions are trained", "side // patch), requires_grad=False)", "side // patch))"),
         ("DiT: clock not turned round", "1 - per_image(level, x0)", "per_image(level, x0)"),
         ("DiT: velocity not turned round", "noise - x0, -out.float()", "noise - x0, out.float()"),
-        ("DiT: cosine along rows", "v_hat, v, dim=1, eps", "v_hat, v, dim=2, eps"),
+        ("DiT: cosine along rows", "F.normalize(v_hat, dim=1", "F.normalize(v_hat, dim=2"),
         ("DiT: cosine of a zero", "dim=1, eps=0.1", "dim=1, eps=1e-8"),
         ("DiT: uniform times",
          "torch.randn(n, generator=generator, device=generator.device).sigmoid()",

@@ -187,7 +187,7 @@ def diffusion_loss(script, model, out, x_t, x0, level, noise, u):
     if model == "rf":
         v, v_hat = noise - x0, -out if script is train_dit else out
         loss = ((v_hat - v) ** 2).mean()
-        cosine = (v * v_hat).sum(1) / (v.norm(dim=1).clamp(min=0.1) * v_hat.norm(dim=1).clamp(min=0.1))  # DEVIATION
+        cosine = (v * v_hat).sum(1) / (v.norm(dim=1) * v_hat.norm(dim=1).clamp(min=0.1))  # DEVIATION
         return loss + (1 - cosine).mean() if script is train_dit else loss
     s, sd = along(level, x0).float(), 0.5
     denoised = sd**2 / (s**2 + sd**2) * x_t + s * sd / (s**2 + sd**2).sqrt() * out
