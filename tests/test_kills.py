@@ -385,12 +385,17 @@ def test_ranks_end_with_a_launcher_that_dies_while_data_are_read(tmp_path):
 
 
 @linux
-def test_divergence_is_told_once(tmp_path):
-    """The ranks that do not speak wait for the launcher's SIGTERM, which ends them."""
-    with torchrun(tmp_path, first="s.learning_rate = lambda *_: float('nan')") as job:
+@pytest.mark.parametrize(
+    ("says", "first"),
+    [("training diverged", "s.learning_rate = lambda *_: float('nan')"),
+     ("disk full", "s.save_checkpoint = lambda *_: (_ for _ in ()).throw(OSError('disk full'))")],
+)  # fmt: skip
+def test_an_error_in_the_loop_is_told_once(tmp_path, says, first):
+    """Of all ranks or of rank 0: the others wait for the launcher's SIGTERM, which ends them."""
+    with torchrun(tmp_path, "--save-every", "1", first=first) as job:
         assert job.wait(120)
     said = (tmp_path / "err").read_text()
-    assert said.count("error: ") == said.count("training diverged") == 1 and "[rank" not in said, said
+    assert said.count("error: ") == 1 and says in said and "RuntimeError" not in said, said
 
 
 @linux
