@@ -197,8 +197,10 @@ def test_cache_equals_fresh_without_noise():
     assert [cell["knn"] for cell in fresh] == [None, None] and min(cell["knn"] for cell in cached) > 40  # chance is 25
 
 
-def test_noise_is_fresh_in_training_and_fixed_in_testing():
+def test_noise_is_fresh_in_training_and_fixed_in_testing(monkeypatch):
+    """And no two images share it, of one block or of two."""
     seen = []
+    monkeypatch.setattr(probe, "BLOCK", 32)
 
     class Spy:
         layers = {"out": 3}
@@ -211,9 +213,9 @@ def test_noise_is_fresh_in_training_and_fixed_in_testing():
     probe.train_heads(Spy(), train, flags(batch=64, epochs=2))
     for _ in range(2):
         probe.stored_features(Spy(), train, probe.TEST, seed=0)
-    fresh, again = seen[:2], seen[2:]
-    assert torch.equal(*again)
-    for a, b in itertools.combinations([*fresh, again[0]], 2):
+    fresh, fixed, again = seen[:2], torch.cat(seen[2:4]), torch.cat(seen[4:])
+    assert fixed.equal(again)
+    for a, b in [*itertools.combinations([*fresh, fixed], 2), seen[2:4], (fixed[:-1], fixed[1:])]:
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.05
     assert abs(fresh[0].std() - 1) < 0.02
 
