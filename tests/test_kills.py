@@ -399,7 +399,7 @@ def test_an_error_in_the_loop_is_told_once(tmp_path, says, first):
 
 
 @linux
-@pytest.mark.parametrize("flags", ["--out err", "--batch 7", "--lr x", "--dataset nowhere"])
+@pytest.mark.parametrize("flags", ["--out err", "--batch 7", "--dataset nowhere"])
 def test_a_mistake_is_told_once_by_all_ranks(tmp_path, flags):
     """One line is ours; what follows the launcher's first line is its own."""
     with torchrun(tmp_path, *flags.split()) as job:

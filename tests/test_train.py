@@ -33,10 +33,9 @@ def train(out, *flags):
     return metrics(out)
 
 
-def script(*flags, nproc=1):
-    """Command line of the script, under torchrun with several ranks."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    return [sys.executable, *ranks, str(ROOT / "train_unet.py"), *TINY, *flags]
+def script(*flags):
+    """Command line of the script."""
+    return [sys.executable, str(ROOT / "train_unet.py"), *TINY, *flags]
 
 
 @pytest.mark.parametrize(
@@ -146,14 +145,6 @@ def test_two_ranks_equal_one(tmp_path, flags):
         launch(n, "train_unet.py", *TINY, *flags, "--out", str(tmp_path / str(n)))
     check_equal_steps(tmp_path / "1", tmp_path / "2", rel=3e-5)
     assert distance(T, tmp_path / "1", tmp_path / "2") < 5e-3
-
-
-def test_a_failing_rank_takes_all_down(tmp_path):
-    """A user's mistake on every rank ends torchrun at once, with the reason on stderr."""
-    start = time.time()
-    command = script("--batch", "7", "--out", str(tmp_path / "x"), nproc=2)
-    done = subprocess.run(command, cwd=tmp_path, timeout=120, capture_output=True, text=True)
-    assert done.returncode != 0 and "error: --batch 7 is not divisible" in done.stderr and time.time() - start < 100
 
 
 def test_sigterm_saves_and_resumes(tmp_path):
