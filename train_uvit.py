@@ -698,10 +698,10 @@ def start_run(args, net, step, about):
 
 
 def all_finite(stats, run):
-    """A step's numbers averaged over ranks; a diverged run ends here, unsaved."""
+    """A step's numbers, mean of ranks; a diverged run ends here, unsaved."""
     values = RankMean.apply(torch.stack([*stats.values()])).tolist()
     if not all(map(math.isfinite, values)):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(15, signal.SIG_DFL)  # ends fail's wait
         fail(f"training diverged: take a lower --lr; {run}/last.pt is older", status=1)
     return dict(zip(stats, values, strict=True))
 
