@@ -39,8 +39,8 @@ from torchvision.models import inception
 from tqdm import tqdm
 
 import train_unet
-from sample import TROUBLE, add_sampling_flags, generate, load_checkpoint, sampling
-from train_unet import fail, open_image, read_checkpoint, setup_distributed, told
+from sample import TROUBLE, add_sampling_flags, generate, load_checkpoint, sampling, told
+from train_unet import fail, open_image, read_checkpoint, setup_distributed
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA = "6726825d"  # how the file's sha256 begins
@@ -245,10 +245,14 @@ def open_images(path, n, batch):
         files = sorted(filter(Path.is_file, path.glob("[!.]*.[pP][nN][gG]")))[:n]
         if not files:
             fail(f"{path} holds no .png files: give a folder of PNGs, lossless as they were sampled, not JPEG")
-        width, height = open_image(files[0]).size
+        def read(file):
+            with told(f"{file} cannot be read as an image"):
+                return open_image(file)
+
+        width, height = read(files[0]).size
 
         def fetch(indices):
-            images = [open_image(files[i]) for i in indices]
+            images = [read(files[i]) for i in indices]
             for i, image in zip(indices, images, strict=True):
                 if image.size != (width, height):
                     fail(f"{files[i]} is not {width}x{height} as {files[0].name}: FID needs images of one size")

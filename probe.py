@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from sample import TROUBLE, load_checkpoint
-from train_unet import fail, setup_distributed, told
+from sample import TROUBLE, load_checkpoint, told
+from train_unet import fail, setup_distributed
 
 GRIDS = {  # the noise level; levels of --grid, ours, around those of [P] Tab. 10; levels of --loss
     "ddpm": ("t, step of 1000", [1, 11, 33, 66, 130, 260], [1, 10, 30, *range(100, 1001, 100)]),

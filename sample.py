@@ -9,6 +9,7 @@ used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 ev
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from train_unet import fail, read_checkpoint, setup_distributed, told
+from train_unet import fail, read_checkpoint, setup_distributed
 
 TROUBLE = OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError  # what a tool tells in one line
 SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # the only code that a checkpoint may name
@@ -46,6 +47,15 @@ class Model(NamedTuple):
     def __str__(self):
         what = f"{self.args.model} on {self.args.dataset}"
         return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {what}"
+
+
+@contextlib.contextmanager
+def told(what, errors=Exception):
+    """Makes errors one line."""
+    try:
+        yield
+    except errors as error:
+        fail(f"{what} ({' '.join(str(error).split())[:200]})")
 
 
 def check_flags(args, net, diffusion):

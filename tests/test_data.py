@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 
 import train_unet as T
@@ -38,7 +39,7 @@ def test_class_folders_are_read_and_cached(tmp_path):
     assert len(list((tmp_path / "mine/.cache").iterdir())) == 1
     again = T.load_data(args(tmp_path), "train")
     assert again[0].equal(images) and again[1].equal(labels) and again[2] == classes
-    (tmp_path / "mine/train/cat/0.png").unlink()  # a changed folder is read anew
+    (tmp_path / "mine/train/cat/0.png").unlink()  # a changed folder is read again
     assert len(T.load_data(args(tmp_path), "train")[0]) == 5
 
 
@@ -88,28 +89,172 @@ def test_tiny_imagenet_layout(tmp_path):
     assert T.load_data(flags, "test")[1].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [("unknown", "no folder"), ("empty", "see fish"), ("text", "not an image"), ("no-test", "test/ or val/"),
-     ("class-more", "see fish"), ("class-less", "see cat")],
-)  # fmt: skip
-def test_mistakes(kind, says, tmp_path, capsys):
-    flags, split = args(tmp_path), "train"
-    if kind != "unknown":
-        make_folder(tmp_path, splits=("train",))
-    if kind == "empty":
-        (tmp_path / "mine/train/fish").mkdir()
-    if kind == "text":
-        (tmp_path / "mine/train/cat/9.png").write_text("I am not an image")
-    if kind == "no-test":
-        split = "test"
-    if kind.startswith("class"):
-        make_folder(tmp_path, splits=("test",), classes=("cat", "dog", "fish") if kind == "class-more" else ("dog",))
-        split = "test"
+def paint(path, size=(8, 8), seed=0):
+    """A picture of noise; what is written under the same name with another seed differs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format="BMP")  # all of one size in bytes
+
+
+FOLDERS = {  # case: (files below mine/, split, number of images or what the error says)
+    "both": (["train/cat/0.bmp", "train/dog/0.bmp", "test/cat/1.bmp", "test/dog/1.bmp", "val/x/0.bmp"], "test", 2),
+    "ImageNet: unlabelled test/": (["train/cat/0.bmp", "val/cat/0.bmp", "val/cat/1.bmp", "test/0.bmp"], "test", 2),
+    "empty test/": (["train/cat/0.bmp", "val/cat/0.bmp", "test/"], "test", 1),
+    "flat val/": (["train/cat/0.bmp", "val/0.bmp"], "test", "val/ holds images, but no class folders"),
+    "no test images": (["train/cat/0.bmp"], "test", "neither test/ nor val/ has the classes of train/"),
+    "more classes": (["train/cat/0.bmp", "test/cat/0.bmp", "test/fish/0.bmp"], "test", "has the classes of train/"),
+    "fewer classes": (["train/cat/0.bmp", "train/dog/0.bmp", "test/cat/0.bmp"], "test", "has the classes of train/"),
+    "an empty class": (["train/cat/0.bmp", "train/fish/"], "train", "train/fish holds no images"),
+    "no images at all": (["train/"], "train", "holds no images"),
+    "no folder": ([], "train", "there is no folder"),
+    "no classes": (["train/0.bmp", "train/1.bmp"], "train", 2),
+    "subfolders of a class": (["train/cat/a/0.bmp", "train/cat/b/0.bmp", "train/cat/1.BMP"], "train", 3),
+    "junk": (["train/cat/0.bmp", "train/cat/@eaDir/0.bmp", "train/cat/.x.bmp", "train/.git/0.bmp"], "train", 1),
+    "a picture beside the classes": (["train/cat/0.bmp", "train/readme.bmp"], "train", 1),
+    "accents in two forms": (["train/caf\u00e9/0.bmp", "test/cafe\u0301/0.bmp"], "test", 1),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders(case, tmp_path, capsys):
+    files, split, result = FOLDERS[case]
+    for file in files:
+        if file.endswith("/"):
+            (tmp_path / "mine" / file).mkdir(parents=True)
+        else:
+            paint(tmp_path / "mine" / file)
+    if isinstance(result, int):
+        images, labels, classes = T.load_data(args(tmp_path), split)
+        assert len(images) == len(labels) == result and (len(classes) == 0) == (case == "no classes")
+        return
     with pytest.raises(SystemExit) as stop:
-        T.load_data(flags, split)
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stop.value.code == 2 and len(errors) == 1 and says in errors[0], errors
+        T.load_data(args(tmp_path), split)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and result in error
+
+
+def test_links(tmp_path):
+    """A class folder may be a link; a link in it that leads back to it adds nothing."""
+    paint(tmp_path / "elsewhere/0.bmp")
+    (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine/train").mkdir(parents=True)
+    (tmp_path / "mine/train/cat").symlink_to(tmp_path / "elsewhere")
+    assert len(T.load_data(args(tmp_path), "train")[0]) == 1
+
+
+def test_annotated_images_that_are_missing(tmp_path, capsys):
+    paint(tmp_path / "mine/train/n01/images/0.bmp")
+    paint(tmp_path / "mine/val/images/0.bmp")
+    (tmp_path / "mine/val/val_annotations.txt").write_text("0.bmp\tn01\t0\n1.bmp\tn01\t0\n")
+    with pytest.raises(SystemExit):
+        T.load_data(args(tmp_path), "test")
+    assert "1 of 2 named images is missing" in capsys.readouterr().err
+
+
+def test_all_images_that_cannot_be_read_are_named(tmp_path, capsys):
+    paint(tmp_path / "mine/train/cat/good.bmp")
+    for i in range(12):
+        (tmp_path / f"mine/train/cat/{i}.png").write_text("I am not an image")
+    with pytest.raises(SystemExit) as stop:
+        T.load_data(args(tmp_path), "train")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "12 of 13 images cannot be read" in error
+    assert all(f"cat/{i}.png: cannot identify" in error for i in range(12))
+    assert not (tmp_path / "mine/.cache").exists()
+
+
+def test_cached_images_follow_the_files(tmp_path):
+    """Other pixels under the same name, of the same size and date, are seen; a moved folder is not decoded again."""
+    file = tmp_path / "mine/train/cat/0.bmp"
+    paint(file)
+    before = T.load_data(args(tmp_path), "train")[0].clone()
+    date = os.stat(file)
+    paint(file, seed=1)
+    os.utime(file, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert os.stat(file).st_size == date.st_size and os.stat(file).st_mtime_ns == date.st_mtime_ns
+    after = T.load_data(args(tmp_path), "train")[0].clone()
+    assert not after.equal(before) and len(list((tmp_path / "mine/.cache").iterdir())) == 1
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T, "load_image", None)  # nothing may be decoded
+        assert T.load_data(args(tmp_path, "moved"), "train")[0].equal(after)
+
+
+def test_a_cache_of_another_user_or_a_damaged_one(tmp_path, monkeypatch, capsys):
+    """What cannot be read is decoded again; where nothing can be written, a note says so."""
+    paint(tmp_path / "mine/train/cat/0.bmp")
+    want = T.load_data(args(tmp_path), "train")[0].clone()
+    cache = tmp_path / "mine/.cache/train_8.pt"
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert T.load_data(args(tmp_path), "train")[0].equal(want)
+    cache.unlink()
+
+    def denied(*_):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(T, "save_checkpoint", denied)
+    assert T.load_data(args(tmp_path), "train")[0].equal(want)
+    assert "not kept" in capsys.readouterr().out and not cache.exists()
+
+
+def test_two_jobs_decode_one_data_set(tmp_path, monkeypatch):
+    """While one job decodes, another does, too: both have all images, and one intact file is left."""
+    for i in range(4):
+        paint(tmp_path / f"mine/train/cat/{i}.bmp", seed=i)
+    save, results = T.save_checkpoint, []
+
+    def meanwhile(*given):
+        monkeypatch.setattr(T, "save_checkpoint", save)
+        results.append(T.load_data(args(tmp_path), "train")[0].clone())
+        save(*given)
+
+    monkeypatch.setattr(T, "save_checkpoint", meanwhile)
+    results.append(T.load_data(args(tmp_path), "train")[0])
+    results.append(T.load_data(args(tmp_path), "train")[0])
+    assert len(results) == 3 and all(images.equal(results[0]) and images.any() for images in results)
+    assert len(list((tmp_path / "mine/.cache").iterdir())) == 1
+
+
+RED, BLUE, WHITE = (200, 40, 40), (40, 40, 200), (255, 255, 255)
+IMAGES = {  # of tests/images: mean colours of the left and right half, turned: of top and bottom; or the error
+    "exif_float_for_rational_nan.jpg": ("turned", RED, BLUE),
+    "exif_gps_altitude_ascii.jpg": ("turned", RED, BLUE),
+    "exif_resunit_bytes.jpg": ("turned", RED, BLUE),
+    "exif_width_float.jpg": ("turned", RED, BLUE),
+    "exif_width_string.jpg": ("turned", RED, BLUE),
+    "exif_ycc_string.jpg": ("turned", RED, BLUE),
+    "exif_zero_denominator.jpg": ("turned", RED, BLUE),
+    "exif_png6.png": ("turned", RED, BLUE),
+    "exif_png_broken.png": ("stored", RED, BLUE),
+    "text_2mb.png": ("stored", RED, BLUE),
+    "itxt_2mb.png": ("stored", RED, BLUE),
+    "gray16_trns.png": ("stored", WHITE, (58, 58, 58)),
+    "rgb16_trns.png": ("stored", WHITE, BLUE),
+    "rgba16_halfclear.png": ("stored", WHITE, BLUE),
+    "bgra32_v5_alpha0.bmp": ("stored", RED, BLUE),
+    "bgrx32.bmp": ("stored", RED, BLUE),
+    "cmyk.jpg": ("stored", RED, BLUE),
+    "animated.webp": ("stored", RED, BLUE),
+    "apng.png": ("stored", RED, BLUE),
+    "gif_named.jpg": "is a GIF",
+    "tiff_named.jpg": "is a TIFF",
+    "text_badcrc.png": "cannot identify",
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_of_the_field(name):
+    path, result = ROOT / "tests/images" / name, IMAGES[name]
+    if isinstance(result, str):
+        with pytest.raises(Exception, match=result):
+            T.load_image(path, 16)
+        return
+    image = T.load_image(path, 16).float()
+    if result[0] == "turned":
+        image = image.transpose(1, 2)
+    halves = image[:, :, :8].mean((1, 2)), image[:, :, 8:].mean((1, 2))
+    for half, colour in zip(halves, result[1:], strict=True):
+        assert (half - torch.tensor(colour)).abs().max() <= 4, (half, colour)  # JPEG blurs the edge
 
 
 def test_cifar_without_network(tmp_path, capsys, monkeypatch):

@@ -60,7 +60,7 @@ def test_attention_is_placed_by_resolution(backbone, resolution, sides):
 
 def test_ddpm(golden):
     f = golden("diffusion_ddpm")
-    net, diffusion = network(f.config["network"], f), T.DDPM()
+    net, diffusion = network(f.config["network"], f), T.DDPM(1e-3)
     x0, t, noise = 2 * f.inputs["image"] - 1, f.inputs["t"], f.inputs["noise"]
     f.check("alphabar_train", diffusion.alphabar)
     f.check("alphabar_ddim", diffusion.alphabar_ddim)
@@ -74,7 +74,7 @@ def test_ddpm(golden):
 
 def test_ddim(golden):
     f = golden("diffusion_ddim")
-    net, diffusion = network(f.config["network"], f), T.DDPM()
+    net, diffusion = network(f.config["network"], f), T.DDPM(1e-3)
 
     def analytic(x, t, y=None):
         """Optimal noise predictor of Gaussian data with std s."""

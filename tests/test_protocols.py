@@ -33,7 +33,7 @@ import train_uvit
 
 COLOURS = ((200, 60, 40), (60, 200, 40), (40, 60, 200))
 TRAIN, TEST = 20, 24  # images per class
-UVIT = (train_uvit, "--size", "tiny", "--cls-token", "--cond", "3", "--aug", "0.12", "--layer", "out_1")
+UVIT = (train_uvit, "--size", "tiny", "--cls-token", "--cond", "--aug", "0.12", "--layer", "out_1")
 UNET = (train_unet, "--backbone", "tiny", "--self-cond", "--layer", "out_3", "--model", "edm")
 DIT = (train_dit, "--size", "tiny", "--patch", "2", "--self-cond")
 
@@ -108,6 +108,7 @@ def write_checkpoint(path, data, script, *flags, dataset="blocks", seed=0, gain=
     """An untrained network as a run would leave it, in the format of design.md; gain 0 makes its features constant."""
     flags = ["--dataset", dataset, "--data", str(data), "--resolution", "16", *flags]
     args = script.parse_args(flags)
+    args.classes = list("abc")
     torch.manual_seed(seed)
     start = script.build(args)[0].state_dict()
     ema, model = ({k: gain * (v + 0.1 * torch.randn_like(v)) for k, v in start.items()} for _ in range(2))

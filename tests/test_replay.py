@@ -6,7 +6,6 @@ gradients, updates and averages are then computed here and compared.
 """
 
 import inspect
-import json
 import math
 from copy import deepcopy
 
@@ -29,10 +28,10 @@ CASES = {  # script, flags; the teacher's level, never the default; gamma, in on
     "unet-ddpm": (train_unet, [*UNET, "ddpm"], 66, 0.3),
     "unet-edm": (train_unet, [*UNET, "edm"], 0.3, 0.3),
     "unet-rf": (train_unet, [*UNET, "rf"], 0.2, 0.3),
-    "uvit": (train_uvit, ["--size", "tiny", "--cls-token", "--aug", "0.5", "--cond", "3"], 66, 0.3),
+    "uvit": (train_uvit, ["--size", "tiny", "--cls-token", "--aug", "0.5", "--cond"], 66, 0.3),
     "uvit-gap": (train_uvit, ["--size", "tiny", "--aug", "0.5"], 22, 0.01),
-    "dit": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "3"], 0.2, 0.3),
-    "dit-latents": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "3", "--cache-latents"], 0.3, 0.3),
+    "dit": (train_dit, ["--size", "tiny", "--self-cond", "--cond"], 0.2, 0.3),
+    "dit-latents": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "--cache-latents"], 0.3, 0.3),
 }
 
 
@@ -48,11 +47,11 @@ def settle(args, script, patch):
 
 def write_latents(folder, latents, labels):
     """A finished cache of train_dit.py: x0 as float16 (N, 2, C, h, w), each image and its mirror image."""
-    meta = {"dataset": "tones", "resolution": 64, "vae": "none", "files": {}, "mean": [0.0] * 4, "std": [1.0] * 4}
-    (folder / "meta.json").write_text(json.dumps(meta | {"classes": [f"c{k}" for k in range(CLASSES)]}))
+    meta = {"dataset": "tones", "resolution": 64, "vae": "none", "mean": [0.0] * 4, "std": [1.0] * 4}
+    meta |= {"classes": [f"c{k}" for k in range(CLASSES)], "train": len(latents), "test": len(latents)}
+    torch.save(meta, folder / "meta.pt")
     for split in ("train", "test"):
-        np.save(folder / f"{split}.npy", latents.half().numpy())
-        np.save(folder / f"{split}.labels.npy", labels.numpy())
+        torch.save({"latents": latents.half(), "labels": labels}, folder / f"{split}_00000.pt")
     return latents.half().float()
 
 
@@ -438,8 +437,8 @@ LEVELS = {  # paper.md, section 2
 def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
     """Two epochs of 300 images in steps of 100, the network left out: order, flips, labels, levels, noise."""
     script, flags, level, _ = CASES[case]
-    plain = {train_unet: [*flags[:2], *flags[-2:]], train_uvit: ["--size", "tiny", "--cond", "3"],
-             train_dit: ["--size", "tiny", "--cond", "3"]}[script]  # fmt: skip
+    plain = {train_unet: [*flags[:2], *flags[-2:]], train_uvit: ["--size", "tiny", "--cond"],
+             train_dit: ["--size", "tiny", "--cond"]}[script]  # fmt: skip
     plain += ["--aug", "0"] if script is not train_dit else []
     args, watch, _, views, labels = watched(case, 300, 100, tmp_path, monkeypatch, light=True, flags=plain)
     assert len(watch.steps) == 6
