@@ -10,8 +10,8 @@ from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
-MAY_DIFFER = {"build", "parse_args", "make_optimizer", "make_view"}  # what each script is about
-LATENTS = {"load_data", "to_x0", "save_grid"}  # where train_dit.py's data come in, and go out
+MAY_DIFFER = {"build", "parse_args", "make_optimizer"}  # what each script is about
+LATENTS = {"load_data", "to_x0", "make_view", "save_grid"}  # where train_dit.py's data come in, and go out
 FLAGS = {"train_unet": 26, "train_uvit": 28, "train_dit": 28}
 TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
 SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images", "flip"],
@@ -70,11 +70,9 @@ def test_seam(path):
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
 def test_main_and_flags_stay_few(path, capsys):
-    """A loop that is read in one go: main of at most 135 lines, at most 12 `if` in the loop, and few flags."""
+    """A checklist that is read in one go: main of at most 120 lines, and few flags."""
     (main,) = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "main")
-    (loop,) = (n for n in main.body if isinstance(n, ast.While))
-    assert main.end_lineno - main.lineno < 135
-    assert sum(isinstance(n, ast.If) for n in ast.walk(loop)) <= 12
+    assert main.end_lineno - main.lineno < 120
     with pytest.raises(SystemExit):
         __import__(path.stem).parse_args(["--help"])
     flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
