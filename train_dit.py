@@ -11,13 +11,14 @@ Sources and marks (UNSPECIFIED: the paper leaves it open; DEVIATION: we depart f
     [KL]   Rombach et al., arXiv:2112.10752    [RF]   Liu et al., arXiv:2209.03003
     [SD3]  Esser et al., arXiv:2403.03206      [CFG]  Ho and Salimans, arXiv:2207.12598
     [Int]  Kynkaanniemi et al., 2404.07724     [MoCo] Chen et al., MoCo v3, arXiv:2104.02057
-Symbols (average: the EMA of the objective, which is the trained network and head; sampled, probed, MoCo's teacher):
+Symbols:
     x0     clean latent, normalised, or image  x_t    noisy x0; *_hat is a prediction: v_hat
     noise  standard normal, the paper's eps    level  time of each image, 0 (data) .. 1 (noise), (B,)
     v      velocity, noise - x0                t      the network's time, which runs the other way: 1 - level, (B,)
     e_t    time embedding, (B, D)              e      e_t plus the class's; self-conditioning adds to it
     feat   pooled feature of --layer, (B, D)   q, k   contrastive query and key, (B, 256)
     y      class, (B,); -1 is the null class   B batch   C, H, W latent or image   N tokens   D width
+    objective: the module that is trained. average: its EMA copy, which is sampled, probed, and MoCo's teacher.
 """
 
 # ---- 1. Imports, constants ---------------------
@@ -73,8 +74,8 @@ DRAWS, DROPOUT, ORDER = 0, 1, 2  # streams of random numbers, see stream_seed
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
 # feature's), feat_dim, emb_dim (widths of feat and e_t), and forward, encode, features as below, with feat in float32.
-# Each parameter takes part in each pass (DDP); training changes no buffers (the EMA skips them). AdamW decays weights
-# whose names do not end in bias or pos_embed.
+# Each parameter takes part in each pass (DDP), and training changes no buffers (the EMA skips them). Then change build,
+# the table of sizes, the defaults of parse_args, and NEW_WEIGHTS.
 def attention(q, k, v, mask=None):
     """Scaled dot-product attention of q, k, v (B, heads, N, D / heads)."""
     if q.is_cuda:
@@ -362,17 +363,15 @@ class LatentRF(Formulation):
         return x
 
 # ---- 5. Data, augmentation: pixels or latents ----
-POLYGONS = {  # corners; radius of every second corner, relative to the others
-    "triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0),
-}
+# Corners; radius of every second corner, relative to the others
+POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{fill} {name}" for fill in ("solid", "hollow") for name in POLYGONS]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # MPO: some phones' .jpg
 NO_DATA = (".", "@", "__MACOSX")  # beginnings of names: hidden, thumbnails, leftovers
-TURNS = {  # EXIF orientation -> what turns the image upright
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+# EXIF orientation -> what turns the image upright
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}
 
 def draw_shapes(n, seed, side):
     """n polygons of random place, size, angle and colours, of the ten SHAPES: uint8 (n, 3, side, side), labels (n,)."""
@@ -475,11 +474,13 @@ def list_images(root, split):
             fail(f"{len(missing)} of {len(samples)} named images is missing: {missing[0]}")
         return samples, classes
     if split == "test":  # test/ or else val/, whichever has the classes of train/
-        candidates = [find_images(root / name) for name in ("test", "val")]
-        found = candidates[0] if list(candidates[0]) == classes else candidates[1]
+        found = find_images(root / "test")
         if list(found) != classes:
-            flat = "val/ holds images, but no class folders"
-            fail(f"{root}: {flat if '' in found else 'neither test/ nor val/ has the classes of train/'}")
+            found = find_images(root / "val")
+        if list(found) == [""] != classes:
+            fail(f"{root}: val/ holds images, but no class folders")
+        if list(found) != classes:
+            fail(f"{root}: neither test/ nor val/ has the classes of train/")
     for name, files in found.items():
         if not files:
             fail(f"{root}/{split}/{name} holds no images ({' '.join(SUFFIXES)})")
@@ -810,7 +811,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient, which is averaged as well: DDP counts each rank's loss for 1 / world."""
+    """mean_over_ranks with a gradient: their mean, not their sum, as DDP counts the loss of each rank for 1 / world."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -819,7 +820,7 @@ class RankMean(torch.autograd.Function):
         return mean_over_ranks(grad)
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all ranks (torch's SyncBatchNorm needs GPUs), by the batch in eval mode, too."""
+    """Batch normalisation over all ranks; SyncBatchNorm needs GPUs. No running statistics: eval mode uses the batch."""
     def __init__(self, dim, affine=True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
@@ -834,7 +835,7 @@ class BatchNorm(nn.Module):
             x = x * self.weight + self.bias
         return x
 
-class Projector(nn.Module):
+class HeadMLP(nn.Module):
     """MoCo v3's MLP with batch normalisation, dims[0] -> .. -> dims[-1]; with emb_dim it depends on time [P]."""
     def __init__(self, dims, emb_dim=0):
         super().__init__()
@@ -862,8 +863,8 @@ class MoCoHead(nn.Module):
     """A projector, whose EMA makes the teacher's keys, and a predictor, which only the student has. [MoCo] Sec. 3"""
     def __init__(self, feat_dim, emb_dim, time_dependent, hidden):
         super().__init__()
-        self.projector = Projector([feat_dim, hidden, hidden, 256], emb_dim if time_dependent else 0)
-        self.predictor = Projector([256, hidden, 256])
+        self.projector = HeadMLP([feat_dim, hidden, hidden, 256], emb_dim if time_dependent else 0)
+        self.predictor = HeadMLP([256, hidden, 256])
 
     def forward(self, feat, e_t):
         """The query (B, 256) of a feature (B, feat_dim) at the time embedding e_t (B, emb_dim)."""
@@ -973,7 +974,7 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from official weights, or from one of our checkpoints. What [P] adds may be missing in them."""
     state, entry = read_checkpoint(path), f"{path}"
-    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # averages before raw weights
+    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # may be nested; averages first
         if isinstance(state.get(key), dict):
             state, entry = state[key], f"{entry}, {key}"
     for prefix in ("ema_model.", "module.", "net."):  # what ema_pytorch, DDP, and [DDAE] put before names
@@ -990,7 +991,7 @@ def load_weights(net, path):
     print(f"weights: {entry}")
 
 def save_run(args, parts, epoch, step, keep):
-    """Write last.pt, from which a run resumes, and if it is to be kept epoch_NNNN.pt, for the tools."""
+    """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
     state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
     state["ema"] = parts["average"].net.state_dict()
     if keep:
@@ -1009,12 +1010,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # in this device's memory format
+        for name in ("exp_avg", "exp_avg_sq"):  # channels-last or not, as here
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl and progress bar. The job named in args.json, the last to start, goes on."""
+    """Rank 0's args.json, metrics.jsonl, progress bar. Of two jobs in a folder the later stays: args.json has its id."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -1127,8 +1128,8 @@ def build(args):
     return net, LatentRF()
 
 def read_flags(parser, argv):
-    """Parse the flags. With --resume, those that are not given are the run's own."""
-    parser.set_defaults(classes=[], train_images=0)  # main learns them from the data
+    """Parse the flags; with --resume once more, now with the run's own as the defaults of those that are not given."""
+    parser.set_defaults(classes=[], train_images=0)  # no flags; of the data
     args = parser.parse_args(argv)
     name = f"{args.dataset}-{Path(__file__).stem.removeprefix('train_')}"
     for flag in NAMED:
@@ -1151,7 +1152,7 @@ def resolve_flags(parser, args, defaults):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
     args.data = os.path.abspath(args.data)
     for name in ("resolution", "patch", "epochs", "batch", "accum", "lr", "save_every"):
         if name in args and not 0 < getattr(args, name) < math.inf:
@@ -1170,7 +1171,7 @@ def make_optimizer(objective, args):
     return torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 def learning_rate(args, step, per_epoch, total):
-    """Linear warm-up, then constant; with a cool-down (tiny networks) the end of the run falls linearly to 0."""
+    """Linear rise, then constant; with a cool-down (tiny networks) the end of the run falls linearly to 0."""
     warmup, cooldown = args.warmup * per_epoch, args.cooldown * total  # steps
     rise, fall = (step + 1) / max(1, warmup), (total - step) / max(1, cooldown)
     return args.lr * min(1, rise, fall)
@@ -1199,7 +1200,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def teacher_key(average, view, level):
-    """Key (B, 256) of the EMA network for a second view, noised to one fixed level; the pass stops at --layer. [P]"""
+    """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
     feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class
     return average.head.projector(feat, e_t)
@@ -1265,7 +1266,6 @@ def main(args):
         net.compile()  # a module compiles its forward in place
         average.net.encode = torch.compile(average.net.encode)
     ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
-    # The folder of the run.
     if rank == 0:
         log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
@@ -1282,7 +1282,7 @@ def main(args):
         order = epoch_order(args.seed, epoch, len(images), images.device)
         order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # if a network has any
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
@@ -1294,9 +1294,9 @@ def main(args):
             x, y = images[order[rows]].to(device), labels[order[rows]].to(device)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
-            ddp.require_backward_grad_sync = micro == args.accum - 1  # gradients are exchanged once
+            ddp.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync()
             with autocast:
-                key = teacher_key(average, view2, args.cl_t) if contrastive else None
+                key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
                 loss, losses = ddp(**view1, key=key)
             scaler.scale(loss / args.accum).backward()
             for name, value in losses.items():
@@ -1305,7 +1305,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":
+        if precision != "fp16":  # there it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1314,10 +1314,10 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        update_average = get_ema_multi_avg_fn(ema_decay(args, step))
-        update_average(list(average.parameters()), list(objective.parameters()), step)
+        lerp = get_ema_multi_avg_fn(ema_decay(args, step))  # average <- decay average + (1 - decay) objective
+        lerp(list(average.parameters()), list(objective.parameters()), None)
 
-        # 4. Log and save. Only here, every tenth step, do ranks agree and does the host wait for the GPU.
+        # 4. Log and save. Only here, every tenth step, do ranks agree (signals wait) and does the host wait for the GPU.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

@@ -9,13 +9,14 @@ Sources and marks (UNSPECIFIED: the paper leaves it open; DEVIATION: we depart f
     [UViT] Bao et al., arXiv:2209.12152        [EDM]  Karras et al., arXiv:2206.00364
     [DDPM] Ho et al., arXiv:2006.11239         [DDIM] Song et al., arXiv:2010.02502
     [MoCo] Chen et al., MoCo v3, arXiv:2104.02057
-Symbols (average: the EMA of the objective, which is the trained network and head; sampled, probed, MoCo's teacher):
+Symbols:
     x0     clean image in [-1, 1]              x_t    noisy image; *_hat is a prediction: x0_hat, eps_hat
     noise  standard normal, the paper's eps    level  diffusion step 0 .. 1000 of each image, (B,)
     t      the network's time, (B,)            e_t    time embedding, (B, D)
     feat   feature of --layer, (B, D)          q, k   contrastive query and key, (B, 256)
     aug    augmentation label, (B, 9)          y      class, (B,); -1 is the null class
     B batch   C, H, W image   N tokens, L of them image patches   D width
+    objective: the module that is trained. average: its EMA copy, which is sampled, probed, and MoCo's teacher.
 """
 
 # ---- 1. Imports, constants ---------------------
@@ -57,7 +58,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; an image may carry a long text
 
 # Width, depth, heads. S: [P] Tab. 9. M: [UViT]. tiny is our own, for a CPU.
 SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
-# Epochs, batch, lr, warm-up (epochs): [P] Tab. 11. EMA: [P] Tab. 8. Head's width: [MoCo]. Cool-down (of the run): ours.
+# Epochs, batch, lr, warm-up (epochs, fewer in short runs): [P] Tab. 11. EMA: Tab. 8. Head's width: [MoCo]. Rest: ours.
 PAPER = {"epochs": 2000, "batch": 256, "lr": 4e-4, "ema": 0.9999, "warmup": 13, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}
 NEW_WEIGHTS = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the official network
@@ -68,8 +69,8 @@ DRAWS, DROPOUT, ORDER = 0, 1, 2  # streams of random numbers, see stream_seed
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
 # feature's), feat_dim, emb_dim (widths of feat and e_t), and forward, encode, features as below, with feat in float32.
-# Each parameter takes part in each pass (DDP); training changes no buffers (the EMA skips them). AdamW decays weights
-# whose names do not end in bias or pos_embed.
+# Each parameter takes part in each pass (DDP), and training changes no buffers (the EMA skips them). Then change build,
+# the table of sizes, the defaults of parse_args, and NEW_WEIGHTS.
 def attention(q, k, v, mask=None):
     """Scaled dot-product attention of q, k, v (B, heads, N, D / heads)."""
     if q.is_cuda:
@@ -135,7 +136,7 @@ class UViT(nn.Module):
         if resolution % patch != 0:
             raise ValueError(f"patches of {patch} do not divide {resolution} pixels")
         if feat_pool == "cls" and not cls_token:
-            raise ValueError("--cl-target cls needs --cls-token")
+            raise ValueError("the feature cls (--cl-target) needs --cls-token")
         if layer not in self.layers:
             raise ValueError(f"there is no layer {layer!r}, only {', '.join(self.layers)}")
         self.shape, self.patch = (3, resolution, resolution), patch
@@ -143,7 +144,7 @@ class UViT(nn.Module):
         self.length = (resolution // patch) ** 2  # number of patches, L
         self.feat_dim = self.emb_dim = width  # feature and time embedding are tokens
         # Tokens. Label (the null class comes last), time and patches share a table of positions; [CLS] has a position
-        # of its own; the bias of aug_emb serves as the augmentation token's.
+        # of its own; the bias of aug_emb is the position of the augmentation token.
         self.pos_embed = nn.Parameter(torch.empty(1, self.length + (2 if classes else 1), width))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
         self.label_emb = nn.Embedding(classes + 1, width) if classes else None
@@ -223,7 +224,7 @@ class UViT(nn.Module):
         return self.final_layer(h), feat, e_t
 
     def forward(self, x, t, y=None, aug=None, with_feat=False):
-        """The noise eps_hat in x (B, 3, H, W) at times t (B,), as of DDPM.inputs; with_feat (eps_hat, feat, e_t).
+        """Predict the noise in x (B, 3, H, W) at times t (B,) of DDPM.inputs: eps_hat, or with_feat eps_hat, feat, e_t.
         y: classes (B,), None is -1 for all. aug: augmentation label (B, 9), None is zeros.
         """
         eps_hat, feat, e_t = self.run(x, t, y, aug)
@@ -273,13 +274,13 @@ class Formulation(nn.Module):
         return net.features(x, t, y, pool, last)
 
 class DDPM(Formulation):
-    """Steps from 0 (clean image) to 1000 (noise), which the network predicts. [DDPM] Sec. 2, [P] Tab. 8"""
+    """A level is a step, from 0 (clean) to 1000; the network predicts the noise. [DDPM] Sec. 2, [P] Tab. 8"""
     def __init__(self, time_scale):
         super().__init__()
         self.time_scale = time_scale  # the network's time per step
-        betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])
-        self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)  # (1001,)
-        # DEVIATION: sampling uses [DDAE]'s own table, which has no clean step 0
+        betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])  # then cumprod, by logarithms
+        self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)
+        # DEVIATION: as [DDAE] we sample by a table one step noisier; it ends at alphabar 0.9999, not at a clean image.
         betas = torch.linspace(1e-4, 0.02, 1001)
         self.register_buffer("alphabar_ddim", (1 - betas).log().cumsum(0).exp(), persistent=False)
 
@@ -323,17 +324,15 @@ class DDPM(Formulation):
         return x
 
 # ---- 5. Data, augmentation ---------------------
-POLYGONS = {  # corners; radius of every second corner, relative to the others
-    "triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0),
-}
+# Corners; radius of every second corner, relative to the others
+POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{fill} {name}" for fill in ("solid", "hollow") for name in POLYGONS]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # MPO: some phones' .jpg
 NO_DATA = (".", "@", "__MACOSX")  # beginnings of names: hidden, thumbnails, leftovers
-TURNS = {  # EXIF orientation -> what turns the image upright
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+# EXIF orientation -> what turns the image upright
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}
 
 def draw_shapes(n, seed, side):
     """n polygons of random place, size, angle and colours, of the ten SHAPES: uint8 (n, 3, side, side), labels (n,)."""
@@ -436,11 +435,13 @@ def list_images(root, split):
             fail(f"{len(missing)} of {len(samples)} named images is missing: {missing[0]}")
         return samples, classes
     if split == "test":  # test/ or else val/, whichever has the classes of train/
-        candidates = [find_images(root / name) for name in ("test", "val")]
-        found = candidates[0] if list(candidates[0]) == classes else candidates[1]
+        found = find_images(root / "test")
         if list(found) != classes:
-            flat = "val/ holds images, but no class folders"
-            fail(f"{root}: {flat if '' in found else 'neither test/ nor val/ has the classes of train/'}")
+            found = find_images(root / "val")
+        if list(found) == [""] != classes:
+            fail(f"{root}: val/ holds images, but no class folders")
+        if list(found) != classes:
+            fail(f"{root}: neither test/ nor val/ has the classes of train/")
     for name, files in found.items():
         if not files:
             fail(f"{root}/{split}/{name} holds no images ({' '.join(SUFFIXES)})")
@@ -526,24 +527,25 @@ def make_view(images, labels, draws, rows, args):
     if args.aug > 0:
         params, aug = gate_augment(draws["aug_uniform"], draws["aug_normal"], args.aug)
         x0 = augment(x0, params)
-    if args.cond:
+    if args.cond:  # never with a UNet
         y = labels.masked_fill(draws["drop_label"], -1)  # the null class
     return {"x0": x0, "level": draws["level"], "noise": draws["noise"], "y": y, "aug": aug}
 
 def gate_augment(uniform, normal, p):
-    """Draw EDM's augmentation, each transform with probability p, xflip and r (an angle) with 1/2. [EDM] App. F.2
+    """Draw EDM's augmentation: each transform with probability p, but xflip and r with 1/2, as in [EDM] App. F.2.
     uniform (B, 10) in [0, 1), normal (B, 4) -> params (B, 8): flips in {0, 1}, scale, rotation theta, stretch w and its
-    angle r, shifts tx and ty, 0 for none; and aug (B, 9), the same as the network's label, angles by cosine and sine.
+    angle r, shifts tx and ty, 0 for none; and aug (B, 9), the same for the network, with angles by cosine and sine.
     """
-    xflip, yflip, theta, r, keep_yflip, keep_scale, keep_theta, keep_w, keep_shift, keep_r = uniform.unbind(1)
-    scale, w, tx, ty = normal.unbind(1)
-    xflip = (xflip < 0.5).float()
-    yflip = torch.where(keep_yflip < p, (yflip < 0.5).float(), 0)
-    scale = torch.where(keep_scale < p, scale, 0)
-    theta = torch.where(keep_theta < p, (2 * theta - 1) * math.pi, 0)
-    w = torch.where(keep_w < p, w, 0)
-    r = torch.where(keep_r < 0.5, (2 * r - 1) * math.pi, 0)
-    tx, ty = torch.where(keep_shift < p, tx, 0), torch.where(keep_shift < p, ty, 0)
+    u_xflip, u_yflip, u_theta, u_r, gate_yflip, gate_scale, gate_theta, gate_w, gate_shift, gate_r = uniform.unbind(1)
+    n_scale, n_w, n_tx, n_ty = normal.unbind(1)
+    xflip = (u_xflip < 0.5).float()
+    yflip = torch.where(gate_yflip < p, (u_yflip < 0.5).float(), 0)
+    scale = torch.where(gate_scale < p, n_scale, 0)
+    theta = torch.where(gate_theta < p, (2 * u_theta - 1) * math.pi, 0)
+    w = torch.where(gate_w < p, n_w, 0)
+    r = torch.where(gate_r < 0.5, (2 * u_r - 1) * math.pi, 0)
+    tx = torch.where(gate_shift < p, n_tx, 0)
+    ty = torch.where(gate_shift < p, n_ty, 0)
     params = torch.stack([xflip, yflip, scale, theta, w, r, tx, ty], dim=1)
     aug = [xflip, yflip, scale, theta.cos() - 1, theta.sin(), w * r.cos(), w * r.sin(), tx, ty]
     return params, torch.stack(aug, dim=1)
@@ -562,12 +564,12 @@ def augment(x0, params):
     xflip, yflip, scale, theta, w, r, tx, ty = params.unbind(1)
     x0 = torch.where(xflip.view(-1, 1, 1, 1) > 0, x0.flip(3), x0)
     x0 = torch.where(yflip.view(-1, 1, 1, 1) > 0, x0.flip(2), x0)
-    # The map from output to input pixels, origin at the centre, x right and y down: A p + b. [EDM] Tab. 6
+    # [EDM] Tab. 6: scale, stretch along r, rotate, shift. Inverted, p -> A p + b; from the centre, x right and y down.
     stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
     A = rotation(theta) @ rotation(-r) @ stretch @ rotation(r) * 2 ** (-0.2 * scale).view(-1, 1, 1)
     shift = 0.125 * S * torch.stack([tx, ty], dim=1)[:, :, None]  # (B, 2, 1)
     b = -(A @ shift)
-    # Pixel p of the doubled output reads the doubled input at q. Image point c lies at 2 c - 1/2 in both.
+    # Pixel p of the doubled output reads the doubled input at q. Image point c lies at 2 c - 1/2 in both of them.
     up, down = augment_filters(S, device)  # (6S - 4, S), (S, 2S + 12)
     side = down.shape[1]
     axis = torch.arange(side, device=device) + 0.5 - side / 2
@@ -578,10 +580,9 @@ def augment(x0, params):
     warped = F.grid_sample(doubled, grid, align_corners=False)
     return down @ warped @ down.T
 
-SYM6 = (  # low-pass filter of the 12-tap symlet, [EDM] App. F.2
-    0.0154041093, 0.00349071208, -0.117990111, -0.0483117426, 0.491055942, 0.787641141,
-    0.337929422, -0.0726375228, -0.0210602925, 0.0447249018, 0.00176771186, -0.00780070833,
-)
+# Low-pass filter of the 12-tap symlet, [EDM] App. F.2
+SYM6 = (0.0154041093, 0.00349071208, -0.117990111, -0.0483117426, 0.491055942, 0.787641141,
+        0.337929422, -0.0726375228, -0.0210602925, 0.0447249018, 0.00176771186, -0.00780070833)
 
 @functools.cache
 def augment_filters(S, device):
@@ -604,7 +605,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient, which is averaged as well: DDP counts each rank's loss for 1 / world."""
+    """mean_over_ranks with a gradient: their mean, not their sum, as DDP counts the loss of each rank for 1 / world."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -613,7 +614,7 @@ class RankMean(torch.autograd.Function):
         return mean_over_ranks(grad)
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all ranks (torch's SyncBatchNorm needs GPUs), by the batch in eval mode, too."""
+    """Batch normalisation over all ranks; SyncBatchNorm needs GPUs. No running statistics: eval mode uses the batch."""
     def __init__(self, dim, affine=True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
@@ -628,7 +629,7 @@ class BatchNorm(nn.Module):
             x = x * self.weight + self.bias
         return x
 
-class Projector(nn.Module):
+class HeadMLP(nn.Module):
     """MoCo v3's MLP with batch normalisation, dims[0] -> .. -> dims[-1]; with emb_dim it depends on time [P]."""
     def __init__(self, dims, emb_dim=0):
         super().__init__()
@@ -656,8 +657,8 @@ class MoCoHead(nn.Module):
     """A projector, whose EMA makes the teacher's keys, and a predictor, which only the student has. [MoCo] Sec. 3"""
     def __init__(self, feat_dim, emb_dim, time_dependent, hidden):
         super().__init__()
-        self.projector = Projector([feat_dim, hidden, hidden, 256], emb_dim if time_dependent else 0)
-        self.predictor = Projector([256, hidden, 256])
+        self.projector = HeadMLP([feat_dim, hidden, hidden, 256], emb_dim if time_dependent else 0)
+        self.predictor = HeadMLP([256, hidden, 256])
 
     def forward(self, feat, e_t):
         """The query (B, 256) of a feature (B, feat_dim) at the time embedding e_t (B, emb_dim)."""
@@ -767,7 +768,7 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from official weights, or from one of our checkpoints. What [P] adds may be missing in them."""
     state, entry = read_checkpoint(path), f"{path}"
-    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # averages before raw weights
+    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # may be nested; averages first
         if isinstance(state.get(key), dict):
             state, entry = state[key], f"{entry}, {key}"
     for prefix in ("ema_model.", "module.", "net."):  # what ema_pytorch, DDP, and [DDAE] put before names
@@ -784,7 +785,7 @@ def load_weights(net, path):
     print(f"weights: {entry}")
 
 def save_run(args, parts, epoch, step, keep):
-    """Write last.pt, from which a run resumes, and if it is to be kept epoch_NNNN.pt, for the tools."""
+    """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
     state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
     state["ema"] = parts["average"].net.state_dict()
     if keep:
@@ -803,12 +804,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # in this device's memory format
+        for name in ("exp_avg", "exp_avg_sq"):  # channels-last or not, as here
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl and progress bar. The job named in args.json, the last to start, goes on."""
+    """Rank 0's args.json, metrics.jsonl, progress bar. Of two jobs in a folder the later stays: args.json has its id."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -853,7 +854,7 @@ NAMED = ("size", "patch", "cls_token", "layer", "cond", "aug", "cl", "cl_head", 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.set_defaults(model="ddpm")  # no flag: [P] found EDM and RF unstable
+    parser.set_defaults(model="ddpm")  # no flag; for the tools
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
     add("--patch", type=int, help="side of a patch in pixels (default: 2, at 64 pixels 4)")
@@ -901,11 +902,11 @@ def build(args):
     classes = len(args.classes) if args.cond else 0
     net = UViT(args.resolution, args.patch, width, depth, heads, classes, aug_dim=9 if args.aug > 0 else 0,
                layer=args.layer, cls_token=args.cls_token, feat_pool=args.cl_target)
-    return net, DDPM(time_scale=0.999)  # [UViT]: its time lies in [0, 1000)
+    return net, DDPM(time_scale=0.999)  # [UViT]'s clock, below 1000
 
 def read_flags(parser, argv):
-    """Parse the flags. With --resume, those that are not given are the run's own."""
-    parser.set_defaults(classes=[], train_images=0)  # main learns them from the data
+    """Parse the flags; with --resume once more, now with the run's own as the defaults of those that are not given."""
+    parser.set_defaults(classes=[], train_images=0)  # no flags; of the data
     args = parser.parse_args(argv)
     name = f"{args.dataset}-{Path(__file__).stem.removeprefix('train_')}"
     for flag in NAMED:
@@ -928,7 +929,7 @@ def resolve_flags(parser, args, defaults):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: short runs
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
     args.data = os.path.abspath(args.data)
     for name in ("resolution", "patch", "epochs", "batch", "accum", "lr", "save_every"):
         if name in args and not 0 < getattr(args, name) < math.inf:
@@ -950,7 +951,7 @@ def make_optimizer(objective, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.99, 0.999), fused=True)
 
 def learning_rate(args, step, per_epoch, total):
-    """Linear warm-up, then constant; with a cool-down (tiny networks) the end of the run falls linearly to 0."""
+    """Linear rise, then constant; with a cool-down (tiny networks) the end of the run falls linearly to 0."""
     warmup, cooldown = args.warmup * per_epoch, args.cooldown * total  # steps
     rise, fall = (step + 1) / max(1, warmup), (total - step) / max(1, cooldown)
     return args.lr * min(1, rise, fall)
@@ -979,7 +980,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def teacher_key(average, view, level):
-    """Key (B, 256) of the EMA network for a second view, noised to one fixed level; the pass stops at --layer. [P]"""
+    """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
     feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class
     return average.head.projector(feat, e_t)
@@ -1045,7 +1046,6 @@ def main(args):
         net.compile()  # a module compiles its forward in place
         average.net.encode = torch.compile(average.net.encode)
     ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
-    # The folder of the run.
     if rank == 0:
         log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
@@ -1062,7 +1062,7 @@ def main(args):
         order = epoch_order(args.seed, epoch, len(images), images.device)
         order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # if a network has any
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
@@ -1074,9 +1074,9 @@ def main(args):
             x, y = images[order[rows]].to(device), labels[order[rows]].to(device)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
-            ddp.require_backward_grad_sync = micro == args.accum - 1  # gradients are exchanged once
+            ddp.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync()
             with autocast:
-                key = teacher_key(average, view2, args.cl_t) if contrastive else None
+                key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
                 loss, losses = ddp(**view1, key=key)
             scaler.scale(loss / args.accum).backward()
             for name, value in losses.items():
@@ -1085,7 +1085,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":
+        if precision != "fp16":  # there it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1094,10 +1094,10 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        update_average = get_ema_multi_avg_fn(ema_decay(args, step))
-        update_average(list(average.parameters()), list(objective.parameters()), step)
+        lerp = get_ema_multi_avg_fn(ema_decay(args, step))  # average <- decay average + (1 - decay) objective
+        lerp(list(average.parameters()), list(objective.parameters()), None)
 
-        # 4. Log and save. Only here, every tenth step, do ranks agree and does the host wait for the GPU.
+        # 4. Log and save. Only here, every tenth step, do ranks agree (signals wait) and does the host wait for the GPU.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

@@ -253,7 +253,7 @@ def test_projector_of_the_paper():
     sizes = {"projector": 512 * wide + wide * wide + wide * 256 + 4 * wide + 2 * (128 + 1) * 2 * wide}
     sizes["predictor"] = 256 * wide + wide * 256 + 2 * wide
     assert {name: sum(p.numel() for p in getattr(head, name).parameters()) for name in sizes} == sizes
-    small = T.Projector([16, 8, 8, 4], emb_dim=6)
+    small = T.HeadMLP([16, 8, 8, 4], emb_dim=6)
     for layer in small.time:
         say(layer, bias=torch.tensor([-1.0] * 8 + [0.7] * 8))
     assert small(rand(5, 16), rand(5, 6)).abs().max() < 1e-2
