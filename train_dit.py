@@ -56,7 +56,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients: pytorch #169849, #196678
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; an image may carry a long text
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are refused
 
 # Width, depth, heads: [DiT] Tab. 1. tiny is our own, for a CPU.
 SIZES = {"tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -69,7 +69,6 @@ BLOCK = 64  # images that are encoded together, with one seed
 STATISTICS = 2048  # images whose latents give mean and std
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64, as latents 256
 LOG_EVERY = 10  # steps
-DRAWS, DROPOUT, ORDER = 0, 1, 2  # streams of random numbers, see stream_seed
 
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
@@ -145,7 +144,8 @@ class DiTBlock(nn.Module):
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(width, 1e-6), nn.RMSNorm(width, 1e-6)
-        self.attn, hidden = DiTAttention(width, heads, qk_norm), int(2 / 3 * 4 * width)
+        self.attn = DiTAttention(width, heads, qk_norm)
+        hidden = 8 * width // 3
         self.mlp = nn.ModuleDict({"w12": nn.Linear(width, 2 * hidden), "w3": nn.Linear(hidden, width)})
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -153,8 +153,8 @@ class DiTBlock(nn.Module):
         modulation = self.adaLN_modulation(e)[:, None]  # (B, 1, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary)
-        a, b = self.mlp["w12"](self.norm2(x) * (1 + scale2) + shift2).chunk(2, dim=2)
-        return x + gate2 * self.mlp["w3"](F.silu(a) * b)
+        gate, value = self.mlp["w12"](self.norm2(x) * (1 + scale2) + shift2).chunk(2, dim=2)
+        return x + gate2 * self.mlp["w3"](F.silu(gate) * value)
 
 class DiT(nn.Module):
     """LightningDiT with self-conditioning after one block. [P] Tab. 9, weight names of [LDiT]
@@ -181,20 +181,20 @@ class DiT(nn.Module):
         if classes:  # the last row is the null class
             self.y_embedder = nn.Sequential(OrderedDict(embedding_table=nn.Embedding(classes + 1, width)))
         self.pos_embed = nn.Parameter(grid_positions(width, side // patch), requires_grad=False)
-        self.feat_rope = Rotary(width // heads, side // patch)
+        self.feat_rope = Rotary(width // heads, side // patch)  # [LDiT]'s name, nothing to do with feat
         self.blocks = nn.ModuleList(DiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "norm_final": nn.RMSNorm(width, 1e-6), "linear": nn.Linear(width, patch**2 * channels),
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
         })
-        self.init_weights()
+        self.init_weights()  # not of what follows, which starts in its own way
         self.self_cond = SelfConditioning(width, 2 * width // 3, width, self_cond) if self_cond else None
 
     def init_weights(self):
         """Xavier's uniform, embeddings normal of std 0.02, modulations and output zero. UNSPECIFIED, as [DiT]."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: convolutions as linear maps
                 nn.init.zeros_(module.bias)
         embeddings = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         if self.classes:
@@ -211,7 +211,7 @@ class DiT(nn.Module):
         if x.shape[1:] != self.shape:
             raise ValueError(f"x must be (B, *{self.shape}), not {tuple(x.shape)}")
         if (y is not None and not self.classes) or aug is not None:
-            raise ValueError("this network has no classes for y, and never an augmentation label")
+            raise ValueError("this network has no classes for y, or aug is given, which other scripts have")
         e = e_t = self.t_embedder(t)  # (B, D)
         if self.classes:
             if y is None:
@@ -240,8 +240,8 @@ class DiT(nn.Module):
         return h, feat, e_t
 
     def forward(self, x, t, y=None, aug=None, with_feat=False):
-        """-v_hat (B, C, H, W) of x (B, C, H, W), t (B,), as LatentRF.inputs gives them; with_feat (it, feat, e_t).
-        y: classes (B,), None is -1 for all. aug: None, latents cannot be warped.
+        """Minus v_hat (B, C, H, W), see LatentRF, of its inputs x (B, C, H, W), t (B,); with_feat (it, feat, e_t).
+        y: classes (B,), None is -1 for all. aug: None; the other scripts have an augmentation label.
         """
         prediction, feat, e_t = self.run(x, t, y, aug)
         return (prediction, feat, e_t) if with_feat else prediction
@@ -255,14 +255,14 @@ class DiT(nn.Module):
         """Outputs of all blocks, or those up to `last`, pooled by "gap" or "token" (a random one): {layer: (B, D)}."""
         if pool not in ("gap", "token"):
             raise ValueError(f"a DiT has no [CLS] token: use --pool gap or token, not {pool}")
-        maps, images = {}, torch.arange(len(x), device=x.device)
+        maps, rows = {}, torch.arange(len(x), device=x.device)
         self.run(x, t, y, stop=last, maps=maps)
         for name, h in maps.items():
             if pool == "gap":
                 maps[name] = h.float().mean(dim=1)
             else:
-                token = torch.randint(h.shape[1], images.shape, device=x.device)
-                maps[name] = h[images, token].float()
+                token = torch.randint(h.shape[1], rows.shape, device=x.device)
+                maps[name] = h[rows, token].float()
         return maps
 
 # ---- 3. Self-conditioning: the paper's idea ----
@@ -297,7 +297,7 @@ def per_image(level, x):
     return level.view(-1, 1, 1, 1)
 
 class Formulation(nn.Module):
-    """A diffusion process, with methods check_level, draw_level, add_noise, inputs, loss and sample."""
+    """A diffusion process (train_unet.py has three): check_level, draw_level, add_noise, inputs, loss and sample."""
 
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
         """net.features of x0 noised to `level`: what probe.py reads."""
@@ -305,9 +305,9 @@ class Formulation(nn.Module):
         return net.features(x, t, y, pool, last)
 
 class LatentRF(Formulation):
-    """Rectified flow from data to noise; the network predicts the velocity v = noise - x0. [P] Tab. 8, [RF] Eq. 1
-    A level is a time, 0 (data) .. 1 (noise). The network runs on [LDiT]'s clock, as public weights do: it is given
-    1 - level and returns -v. UNSPECIFIED: pixels are treated as latents are.
+    """A level is a time, from 0 (data) to 1 (noise); the network predicts v = noise - x0. [P] Tab. 8, [RF] Eq. 1
+    The network runs on [LDiT]'s clock, as public weights do: it is given 1 - level and returns -v. UNSPECIFIED: pixels
+    are treated as latents are.
     """
 
     def check_level(self, level):
@@ -320,9 +320,9 @@ class LatentRF(Formulation):
         return torch.randn(n, generator=generator, device=generator.device).sigmoid()
 
     def add_noise(self, x0, level, noise):
-        """The forward process, (B, C, H, W): x_t = (1 - t) x0 + t noise."""
-        t = per_image(level, x0)
-        return (1 - t) * x0 + t * noise
+        """The forward process, (B, C, H, W): x_t = (1 - level) x0 + level noise."""
+        level = per_image(level, x0)
+        return (1 - level) * x0 + level * noise
 
     def inputs(self, x0, level, noise):
         """What the network sees: x_t (B, C, H, W) and its time, 1 - level (B,)."""
@@ -333,33 +333,33 @@ class LatentRF(Formulation):
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()
-        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: not 1e-8, since v_hat starts at 0
+        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: v_hat starts at 0, where 1e-8 has huge gradients
         cosine = (v_hat_unit * F.normalize(v, dim=1)).sum(1)  # (B, H, W)
         return F.mse_loss(v_hat, v) + (1 - cosine).mean(), (feat, e_t)
 
-    def velocity(self, net, x, t, y=None, cfg=1.0, interval=(0.0, 1.0)):
-        """v_hat (B, C, H, W) at time t, a number; guided inside the interval, on all channels [P]. [CFG], [Int]"""
-        guided = y is not None and cfg != 1 and interval[0] <= t <= interval[1]
+    def velocity(self, net, x, level, y=None, cfg=1.0, interval=(0.0, 1.0)):
+        """v_hat (B, C, H, W) at a level, a number; guided inside the interval, on all channels [P]. [CFG], [Int]"""
+        guided = y is not None and cfg != 1 and interval[0] <= level <= interval[1]
         if guided:  # with the class and without, as one batch
             x, y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, -1)])
-        v_hat = -net(x, torch.full((len(x),), 1 - t, device=x.device), y).float()
+        v_hat = -net(x, torch.full((len(x),), 1 - level, device=x.device), y).float()
         if guided:
             v_class, v_null = v_hat.chunk(2)
             v_hat = v_null + cfg * (v_class - v_null)
         return v_hat
 
     def times(self, steps, shift):
-        """The sampler's steps + 1 times from 1 to 0: t' = shift t / (1 + (shift - 1) t). [SD3]"""
-        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        return (shift * t / (1 + (shift - 1) * t)).tolist()
+        """The sampler's steps + 1 levels from 1 to 0: level' = shift level / (1 + (shift - 1) level). [SD3]"""
+        levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return (shift * levels / (1 + (shift - 1) * levels)).tolist()
 
     def sample(self, net, noise, steps=250, y=None, cfg=1.5, cfg_interval=(0.0, 0.89), shift=3.3):
-        """Euler: noise (B, C, H, W) -> x0, not clipped. [P] Tab. 8. DEVIATION: [LDiT]'s 250 are the steps plus one.
-        cfg: guidance, where there are labels y and for times in cfg_interval; 1 is off. shift: more steps near noise.
+        """Euler: noise (B, C, H, W) -> x0, not clipped. [P] Tab. 8. DEVIATION: with 250, [LDiT] makes 249 steps.
+        cfg: guidance, where there are labels y and for levels in cfg_interval; 1 is off. shift: more steps near noise.
         """
-        x, times = noise, self.times(steps, shift)
-        for t, next_t in zip(times[:-1], times[1:], strict=True):
-            x = x + (next_t - t) * self.velocity(net, x, t, y, cfg, cfg_interval)
+        x, levels = noise, self.times(steps, shift)
+        for level, next_level in zip(levels[:-1], levels[1:], strict=True):
+            x = x + (next_level - level) * self.velocity(net, x, level, y, cfg, cfg_interval)
         return x
 
 # ---- 5. Data, augmentation: pixels or latents ----
@@ -404,7 +404,7 @@ def open_image(path):
             raise ValueError(f"is a {image.format}; read are PNG, JPEG, WebP, BMP")
         try:
             orientation = image.getexif().get(0x0112)
-        except SyntaxError:  # metadata that is none
+        except SyntaxError:  # broken metadata
             orientation = None
         image.load()
     if orientation in TURNS:
@@ -477,7 +477,7 @@ def list_images(root, split):
         found = find_images(root / "test")
         if list(found) != classes:
             found = find_images(root / "val")
-        if list(found) == [""] != classes:
+        if "" in found and classes != [""]:
             fail(f"{root}: val/ holds images, but no class folders")
         if list(found) != classes:
             fail(f"{root}: neither test/ nor val/ has the classes of train/")
@@ -602,7 +602,7 @@ class VAE(nn.Module):
             down.append(VAEStage(c, c_out, 2, attention=i == 4, resample="down" if i < 4 else None))
             c = c_out
         up = nn.Sequential()
-        for i in (4, 3, 2, 1, 0):
+        for i in (4, 3, 2, 1, 0):  # from the lowest resolution, numbered as in the encoder
             up.add_module(str(i), VAEStage(c, widths[i], 3, attention=i == 4, resample="up" if i > 0 else None))
             c = widths[i]
         first, last = widths[0], widths[4]
@@ -669,8 +669,11 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, rows):
-        rows = torch.arange(len(self))[rows].tolist()  # rows: indices or a slice
-        return torch.stack([self.parts[row // SHARD][row % SHARD] for row in rows])
+        rows = torch.arange(len(self))[rows]  # of indices or a slice
+        latents = torch.empty(len(rows), *self.shape[1:], dtype=torch.float16)
+        for i, row in enumerate(rows.tolist()):
+            latents[i] = self.parts[row // SHARD][row % SHARD]
+        return latents
 
     def to(self, device):
         return self if device.type == "cpu" else torch.cat(self.parts).to(device)
@@ -678,10 +681,10 @@ class Shards:
 def latents_meta(args, device):
     """What the latents of --cache-latents are: data, VA-VAE (its hash), mean and std, which are measured once."""
     file, root = Path(args.cache_latents, "meta.pt"), Path(args.data, args.dataset)
-    meta = {"dataset": args.dataset, "resolution": args.resolution}
+    meta = {"dataset": args.dataset, "resolution": args.resolution, **args.latents}  # latents: of a resumed run
     if os.path.isfile(args.vae or ""):
         meta["vae"] = vae_hash(args.vae)
-    if args.latent_stats:
+    if args.latent_stats and not args.latents:
         stats = read_checkpoint(args.latent_stats)
         meta.update(mean=stats["mean"].flatten().tolist(), std=stats["std"].flatten().tolist())
     if file.is_file():
@@ -690,7 +693,7 @@ def latents_meta(args, device):
             if stored[name] != value:
                 fail(f"{file.parent} holds latents of another {name} ({str(stored[name])[:40]}): choose another folder")
         return stored
-    if "vae" not in meta or not (root / "train").is_dir():
+    if not os.path.isfile(args.vae or "") or not (root / "train").is_dir():
         fail(f"{file.parent} holds no latents: to make them, give --vae FILE and {root}/train/<class>/*")
     samples, meta["classes"] = list_images(root, "train")
     meta.update(train=len(samples), test=len(list_images(root, "test")[0]))
@@ -716,13 +719,15 @@ def make_shards(args, meta, shards, device):
         samples[split], _ = list_images(Path(args.data, args.dataset), split)
         if len(samples[split]) != meta[split]:
             fail(f"{args.cache_latents} was begun with {meta[split]} {split} images, there are {len(samples[split])}")
-    for file, split, number in tqdm(shards, "encoding", unit=f"{SHARD} images"):
+    for file, split, number in tqdm(shards, "encoding", unit=" shards"):
         part, z = samples[split][number * SHARD : (number + 1) * SHARD], []
         for i in range(0, len(part), BLOCK):
             block = (number * SHARD + i) // BLOCK  # of the split
             files = [path for path, _ in part[i : i + BLOCK]]
-            z.append(encode_images(vae, files, args.resolution, stream_seed(1, split == "train", block)))
+            z.append(encode_images(vae, files, args.resolution, stream_seed(1, int(split == "train"), block)))
         x0 = ((torch.cat(z) - mean) / std).half()
+        if not x0.isfinite().all():
+            fail(f"--vae {args.vae} gives NaN or infinity on one of {part[0][0]} .. {part[-1][0]}")
         save_checkpoint(file, {"latents": x0, "labels": torch.tensor([label for _, label in part])})
 
 def load_latents(args, split):
@@ -745,6 +750,8 @@ def load_latents(args, split):
     args.latents = {"vae": meta["vae"], "mean": meta["mean"], "std": meta["std"]}
     parts = [torch.load(file, weights_only=True, mmap=True) for file, name, _ in shards if name == split]
     labels = torch.cat([part["labels"] for part in parts])
+    if len(labels) != meta[split]:
+        fail(f"{args.cache_latents} has {len(labels)} of {meta[split]} {split} latents: make the folder again")
     return Shards([part["latents"] for part in parts]), labels, meta["classes"]
 
 def decoder(args, device, vae=None):
@@ -785,7 +792,7 @@ def draw_numbers(n, shape, diffusion, generator):
     return {
         "flip": uniform[:, 0] < 0.5,
         "drop_label": uniform[:, 1] < 0.1,
-        "aug_uniform": uniform[:, 2:],  # (n, 10), see gate_augment
+        "aug_uniform": uniform[:, 2:],  # (n, 10), of gate_augment, not in DiT
         "aug_normal": torch.randn(n, 4, **kw),
         "level": diffusion.draw_level(n, generator),
         "noise": torch.randn(n, *shape, **kw),
@@ -811,7 +818,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient: their mean, not their sum, as DDP counts the loss of each rank for 1 / world."""
+    """mean_over_ranks with a gradient. The gradient of a mean over ranks is the mean of the ranks' gradients."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -871,7 +878,7 @@ class MoCoHead(nn.Module):
         return self.predictor(self.projector(feat, e_t))
 
 def moco_loss(q, k, temperature=0.2):  # UNSPECIFIED: the temperature is [MoCo]'s
-    """InfoNCE of queries q (B, D), keys k (B, D) of all ranks, times 2 temperature [MoCo]; one direction only [P]."""
+    """InfoNCE of q and the keys k (B, 256) of all ranks, times 2 temperature [MoCo]. UNSPECIFIED: in one direction."""
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     rank, keys = 0, k
     if dist.is_initialized():
@@ -924,8 +931,9 @@ def choose_precision(amp, device):
         return "off"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
 
+DRAWS, DROPOUT, ORDER = 0, 1, 2  # independent streams of random numbers
 def stream_seed(*numbers):
-    """One seed from several numbers, such as --seed, a stream, and a step; streams do not resemble each other."""
+    """One seed from several numbers, such as --seed, a stream, and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 @functools.lru_cache(maxsize=1)
@@ -1010,12 +1018,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # channels-last or not, as here
+        for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl, progress bar. Of two jobs in a folder the later stays: args.json has its id."""
+    """Rank 0's args.json, metrics.jsonl and bar. A job that starts later in the folder has it, and the earlier ends."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -1063,7 +1071,7 @@ NAMED = ("size", "patch", "self_cond", "layer", "cond", "qk_norm", "cl", "cl_t",
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.set_defaults(model="rf", cl_head="time", aug=0.0, latents={})  # no flags; latents: see load_latents
+    parser.set_defaults(model="rf", cl_head="time", aug=0.0, latents={})  # no flags, but read by others
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="B", help="0.5, 130, 457 or 674 M parameters (default: B)")
     add("--patch", type=int, help="side of a patch (default: of latents 1, of pixels resolution / 16, at least 2)")
@@ -1102,6 +1110,8 @@ def parse_args(argv=None):
         parser.error("--vae and --latent-stats go with --cache-latents DIR")
 
     resolution = args.resolution or (256 if args.cache_latents else RESOLUTIONS.get(args.dataset, 64))
+    if args.cache_latents and resolution % 16 != 0:
+        parser.error(f"--resolution: the VA-VAE takes multiples of 16 pixels, not {resolution}")
     defaults = {**PAPER, "resolution": resolution, "patch": max(2, resolution // 16), "cl_t": 0.06}
     block = 8  # of B's 12, [P] Tab. 10
     if args.dataset == "imagenet":
@@ -1119,8 +1129,6 @@ def build(args):
     """The untrained network and the diffusion process, on the CPU: (DiT, LatentRF)."""
     channels, side = 3, args.resolution
     if args.cache_latents:
-        if args.resolution % 16 != 0:
-            raise ValueError(f"the VA-VAE takes multiples of 16 pixels, not {args.resolution}")
         channels, side = len(args.latents["mean"]), args.resolution // 16
     width, depth, heads = SIZES[args.size]
     classes = len(args.classes) if args.cond else 0
@@ -1140,16 +1148,14 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
-        parser.set_defaults(**state["args"])
-        parser.set_defaults(max_steps=None)  # it only said where to stop
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # which only said where to stop
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
 def resolve_flags(parser, args, defaults):
     """Fill in the defaults of flags that were not given, and refuse values out of range."""
-    defaults["aug"] = 0.12 if args.cl > 0 else 0.0  # else there are no two views
     defaults.setdefault("save_every", max(1, (args.epochs or defaults["epochs"]) // 10))
-    for name, value in defaults.items():
+    for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
@@ -1177,8 +1183,8 @@ def learning_rate(args, step, per_epoch, total):
     return args.lr * min(1, rise, fall)
 
 def ema_decay(args, step):
-    """Decay of the average's update after `step` steps. UNSPECIFIED: how it warms up."""
-    return min(args.ema, (1 + step) / (10 + step))
+    """Decay of the average's update after step 1, 2, ... UNSPECIFIED: --ema from the first step on, as [LDiT]."""
+    return args.ema
 
 class Objective(nn.Module):
     """Everything that is trained, and its loss, in one module: DDP synchronises gradients of a forward call only."""
@@ -1202,7 +1208,7 @@ class Objective(nn.Module):
 def teacher_key(average, view, level):
     """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
-    feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class
+    feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class, eval mode
     return average.head.projector(feat, e_t)
 
 def build_training(args, device):
@@ -1272,7 +1278,7 @@ def main(args):
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
-    next_save = time.time() + 60  # seconds
+    next_save = time.time() + 60  # a first save after a minute, then every quarter of an hour
     generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
 
     while step < end and not stop:
@@ -1282,7 +1288,7 @@ def main(args):
         order = epoch_order(args.seed, epoch, len(images), images.device)
         order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # if a network has any
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # which UNets have
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
@@ -1294,7 +1300,8 @@ def main(args):
             x, y = images[order[rows]].to(device), labels[order[rows]].to(device)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
-            ddp.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync()
+            # Ranks exchange gradients in the last pass only, by the attribute that DDP's no_sync sets.
+            ddp.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
                 key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
                 loss, losses = ddp(**view1, key=key)
@@ -1305,7 +1312,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # there it may be infinite
+        if precision != "fp16":  # in fp16 it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1314,10 +1321,10 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        lerp = get_ema_multi_avg_fn(ema_decay(args, step))  # average <- decay average + (1 - decay) objective
-        lerp(list(average.parameters()), list(objective.parameters()), None)
+        update_average = get_ema_multi_avg_fn(ema_decay(args, step))
+        update_average(list(average.parameters()), list(objective.parameters()), None)  # None: a count without use
 
-        # 4. Log and save. Only here, every tenth step, do ranks agree (signals wait) and does the host wait for the GPU.
+        # 4. Log and save. Every tenth step only, ranks tell each other of signals, and the host waits for the GPU.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

@@ -54,33 +54,26 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # it gives NaN gradients: pytorch #169849, #196678
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; an image may carry a long text
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are refused
 
 # Base width, multiple of it per resolution, blocks per resolution: [P] Tab. 9. tiny is our own, for a CPU.
-BACKBONES = {
-    "ddpm": {"width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "biggan": False},
-    "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
-    "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False},
-}
+BACKBONES = {"ddpm": {"width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "biggan": False},
+             "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
+             "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False}}
 # (formulation, backbone): (layer of the feature on CIFAR-10, on CIFAR-100 and, UNSPECIFIED, on others). [P] Tab. 10
-LAYERS = {
-    ("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "out_8"),
-    ("edm", "ddpm"): ("out_7", "out_6"), ("edm", "ddpmpp"): ("out_9", "out_8"),
-    ("rf", "ddpm"): ("out_7", "out_7"), ("rf", "ddpmpp"): ("out_8", "out_8"),
-}
+LAYERS = {("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "out_8"),
+          ("edm", "ddpm"): ("out_7", "out_6"), ("edm", "ddpmpp"): ("out_9", "out_8"),
+          ("rf", "ddpm"): ("out_7", "out_7"), ("rf", "ddpmpp"): ("out_8", "out_8")}
 # Dropout, EMA: [P] Tab. 8. Warm-up (epochs, fewer in short runs): Tab. 11. cl_t, level of teacher and probe: Tab. 10.
-FORMULATIONS = {
-    "ddpm": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 11},
-    "edm": {"dropout": 0.13, "ema": 0.9993, "warmup": 200, "cl_t": 0.06},
-    "rf": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 0.06},
-}
+FORMULATIONS = {"ddpm": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 11},
+                "edm": {"dropout": 0.13, "ema": 0.9993, "warmup": 200, "cl_t": 0.06},
+                "rf": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 0.06}}
 PAPER = {"epochs": 2000, "lr": 4e-4, "cooldown": 0.0, "cl_hidden": 4096}  # [P] Tab. 11; [MoCo]
 BATCH = {"ddpm": 512, "ddpmpp": 256}
 TINY = {"epochs": 5, "batch": 32, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512, "dropout": 0.0}
 NEW_WEIGHTS = ("self_cond.", "time_emb.aug_emb.")  # what [P] adds to the official networks
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64
 LOG_EVERY = 10  # steps
-DRAWS, DROPOUT, ORDER = 0, 1, 2  # streams of random numbers, see stream_seed
 
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
@@ -320,7 +313,7 @@ def per_image(level, x):
     return level.view(-1, 1, 1, 1)
 
 class Formulation(nn.Module):
-    """A diffusion process, with methods check_level, draw_level, add_noise, inputs, loss and sample."""
+    """A diffusion process (train_unet.py has three): check_level, draw_level, add_noise, inputs, loss and sample."""
 
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
         """net.features of x0 noised to `level`: what probe.py reads."""
@@ -377,20 +370,28 @@ class DDPM(Formulation):
             x = alphabar_next.sqrt() * x0_hat + (1 - alphabar_next).sqrt() * eps_hat
         return x
 
+class Uncertainty(nn.Module):
+    """u, the learned log variance of EDM's loss: frozen Fourier features of ln(sigma) / 4, one linear layer. [EDM2]"""
+    def __init__(self, width=128):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(width))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(width))
+        self.linear = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)  # UNSPECIFIED: it starts at u = 0, no weighting
+
+    def forward(self, t):
+        features = math.sqrt(2) * torch.cos(t[:, None] * self.freqs + self.phases)  # (B, width)
+        return self.linear(features)[:, 0]  # (B,)
+
 class EDM(Formulation):
-    """Noise of standard deviation sigma; a preconditioned denoiser D(x; sigma). [EDM] Tab. 1, [P] Tab. 8
-    A level is a sigma. uncertainty: weight the loss by a learned function u of sigma. [EDM2] Eq. 15
-    """
+    """A level is a sigma, of noise; a denoiser D(x; sigma) around the network predicts x0. [EDM] Tab. 1, [P] Tab. 8"""
 
     sigma_min, sigma_max = 0.002, 80.0
     sigma_data = 0.5
+
     def __init__(self, uncertainty=False):
         super().__init__()
-        self.uncertainty = None
-        if uncertainty:  # UNSPECIFIED: [P] says "a small head"; this one starts at u = 0, no weighting
-            self.uncertainty = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 1))
-            nn.init.zeros_(self.uncertainty[2].weight)
-            nn.init.zeros_(self.uncertainty[2].bias)
+        self.uncertainty = Uncertainty() if uncertainty else None  # weights the loss, [P] App. A
 
     def check_level(self, level):
         """Raise ValueError unless `level` is a sigma that the network has learned."""
@@ -426,7 +427,7 @@ class EDM(Formulation):
         loss = ((x0_hat - x0) ** 2 / c_out**2).mean(dim=(1, 2, 3))  # (B,)
         if self.uncertainty is not None:  # [P] with augmentation
             with torch.autocast(x0.device.type, enabled=False):
-                u = self.uncertainty(t[:, None])[:, 0]  # (B,)
+                u = self.uncertainty(t)  # t is ln(sigma) / 4
             loss = loss / u.exp() + u
         return loss.mean(), (feat, e_t)
 
@@ -459,9 +460,7 @@ class EDM(Formulation):
         return x.float()
 
 class RF(Formulation):
-    """Rectified flow from data to noise; the network predicts the velocity v = noise - x0. [RF] Eq. 1, [P] Tab. 8
-    A level is a time, from 0 (data) to 1 (noise).
-    """
+    """A level is a time, from 0 (data) to 1 (noise); the network predicts v = noise - x0. [RF] Eq. 1, [P] Tab. 8"""
 
     def check_level(self, level):
         """Raise ValueError unless `level` is a time."""
@@ -545,7 +544,7 @@ def open_image(path):
             raise ValueError(f"is a {image.format}; read are PNG, JPEG, WebP, BMP")
         try:
             orientation = image.getexif().get(0x0112)
-        except SyntaxError:  # metadata that is none
+        except SyntaxError:  # broken metadata
             orientation = None
         image.load()
     if orientation in TURNS:
@@ -618,7 +617,7 @@ def list_images(root, split):
         found = find_images(root / "test")
         if list(found) != classes:
             found = find_images(root / "val")
-        if list(found) == [""] != classes:
+        if "" in found and classes != [""]:
             fail(f"{root}: val/ holds images, but no class folders")
         if list(found) != classes:
             fail(f"{root}: neither test/ nor val/ has the classes of train/")
@@ -692,7 +691,7 @@ def draw_numbers(n, shape, diffusion, generator):
     return {
         "flip": uniform[:, 0] < 0.5,
         "drop_label": uniform[:, 1] < 0.1,
-        "aug_uniform": uniform[:, 2:],  # (n, 10), see gate_augment
+        "aug_uniform": uniform[:, 2:],  # (n, 10), of gate_augment, not in DiT
         "aug_normal": torch.randn(n, 4, **kw),
         "level": diffusion.draw_level(n, generator),
         "noise": torch.randn(n, *shape, **kw),
@@ -785,7 +784,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient: their mean, not their sum, as DDP counts the loss of each rank for 1 / world."""
+    """mean_over_ranks with a gradient. The gradient of a mean over ranks is the mean of the ranks' gradients."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -845,7 +844,7 @@ class MoCoHead(nn.Module):
         return self.predictor(self.projector(feat, e_t))
 
 def moco_loss(q, k, temperature=0.2):  # UNSPECIFIED: the temperature is [MoCo]'s
-    """InfoNCE of queries q (B, D), keys k (B, D) of all ranks, times 2 temperature [MoCo]; one direction only [P]."""
+    """InfoNCE of q and the keys k (B, 256) of all ranks, times 2 temperature [MoCo]. UNSPECIFIED: in one direction."""
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     rank, keys = 0, k
     if dist.is_initialized():
@@ -898,8 +897,9 @@ def choose_precision(amp, device):
         return "off"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
 
+DRAWS, DROPOUT, ORDER = 0, 1, 2  # independent streams of random numbers
 def stream_seed(*numbers):
-    """One seed from several numbers, such as --seed, a stream, and a step; streams do not resemble each other."""
+    """One seed from several numbers, such as --seed, a stream, and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 @functools.lru_cache(maxsize=1)
@@ -984,12 +984,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # channels-last or not, as here
+        for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl, progress bar. Of two jobs in a folder the later stays: args.json has its id."""
+    """Rank 0's args.json, metrics.jsonl and bar. A job that starts later in the folder has it, and the earlier ends."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -1074,6 +1074,7 @@ def parse_args(argv=None):
     else:
         on_cifar10, elsewhere = LAYERS[args.model, args.backbone]
         defaults["layer"] = on_cifar10 if args.dataset == "cifar10" else elsewhere
+    defaults["aug"] = 0.12 if args.cl > 0 else 0.0  # it makes two views
     if resolution >= 64 and args.model == "edm" and args.backbone == "ddpm":
         defaults.update(layer="out_5", cl_t=0.2964)  # [P] Tab. 10, the 64-pixel column
     return resolve_flags(parser, args, defaults)
@@ -1101,16 +1102,14 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
-        parser.set_defaults(**state["args"])
-        parser.set_defaults(max_steps=None)  # it only said where to stop
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # which only said where to stop
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
 def resolve_flags(parser, args, defaults):
     """Fill in the defaults of flags that were not given, and refuse values out of range."""
-    defaults["aug"] = 0.12 if args.cl > 0 else 0.0  # else there are no two views
     defaults.setdefault("save_every", max(1, (args.epochs or defaults["epochs"]) // 10))
-    for name, value in defaults.items():
+    for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
@@ -1137,8 +1136,8 @@ def learning_rate(args, step, per_epoch, total):
     return args.lr * min(1, rise, fall)
 
 def ema_decay(args, step):
-    """Decay of the average's update after `step` steps. UNSPECIFIED: how it warms up."""
-    return min(args.ema, (1 + step) / (10 + step))
+    """Decay of the average's update after step 1, 2, ..; the first copies the weights. UNSPECIFIED: as [DDAE]."""
+    return min(args.ema, 1 - step ** (-2 / 3))
 
 class Objective(nn.Module):
     """Everything that is trained, and its loss, in one module: DDP synchronises gradients of a forward call only."""
@@ -1162,7 +1161,7 @@ class Objective(nn.Module):
 def teacher_key(average, view, level):
     """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
-    feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class
+    feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class, eval mode
     return average.head.projector(feat, e_t)
 
 def build_training(args, device):
@@ -1232,7 +1231,7 @@ def main(args):
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
-    next_save = time.time() + 60  # seconds
+    next_save = time.time() + 60  # a first save after a minute, then every quarter of an hour
     generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
 
     while step < end and not stop:
@@ -1242,7 +1241,7 @@ def main(args):
         order = epoch_order(args.seed, epoch, len(images), images.device)
         order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # if a network has any
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # which UNets have
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
@@ -1254,7 +1253,8 @@ def main(args):
             x, y = images[order[rows]].to(device), labels[order[rows]].to(device)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
-            ddp.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync()
+            # Ranks exchange gradients in the last pass only, by the attribute that DDP's no_sync sets.
+            ddp.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
                 key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
                 loss, losses = ddp(**view1, key=key)
@@ -1265,7 +1265,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # there it may be infinite
+        if precision != "fp16":  # in fp16 it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1274,10 +1274,10 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        lerp = get_ema_multi_avg_fn(ema_decay(args, step))  # average <- decay average + (1 - decay) objective
-        lerp(list(average.parameters()), list(objective.parameters()), None)
+        update_average = get_ema_multi_avg_fn(ema_decay(args, step))
+        update_average(list(average.parameters()), list(objective.parameters()), None)  # None: a count without use
 
-        # 4. Log and save. Only here, every tenth step, do ranks agree (signals wait) and does the host wait for the GPU.
+        # 4. Log and save. Every tenth step only, ranks tell each other of signals, and the host waits for the GPU.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

@@ -54,7 +54,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients: pytorch #169849, #196678
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; an image may carry a long text
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are refused
 
 # Width, depth, heads. S: [P] Tab. 9. M: [UViT]. tiny is our own, for a CPU.
 SIZES = {"tiny": (64, 5, 4), "S": (512, 13, 8), "M": (768, 17, 12)}
@@ -64,7 +64,6 @@ TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "coold
 NEW_WEIGHTS = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the official network
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64
 LOG_EVERY = 10  # steps
-DRAWS, DROPOUT, ORDER = 0, 1, 2  # streams of random numbers, see stream_seed
 
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
@@ -266,7 +265,7 @@ def per_image(level, x):
     return level.view(-1, 1, 1, 1)
 
 class Formulation(nn.Module):
-    """A diffusion process, with methods check_level, draw_level, add_noise, inputs, loss and sample."""
+    """A diffusion process (train_unet.py has three): check_level, draw_level, add_noise, inputs, loss and sample."""
 
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
         """net.features of x0 noised to `level`: what probe.py reads."""
@@ -365,7 +364,7 @@ def open_image(path):
             raise ValueError(f"is a {image.format}; read are PNG, JPEG, WebP, BMP")
         try:
             orientation = image.getexif().get(0x0112)
-        except SyntaxError:  # metadata that is none
+        except SyntaxError:  # broken metadata
             orientation = None
         image.load()
     if orientation in TURNS:
@@ -438,7 +437,7 @@ def list_images(root, split):
         found = find_images(root / "test")
         if list(found) != classes:
             found = find_images(root / "val")
-        if list(found) == [""] != classes:
+        if "" in found and classes != [""]:
             fail(f"{root}: val/ holds images, but no class folders")
         if list(found) != classes:
             fail(f"{root}: neither test/ nor val/ has the classes of train/")
@@ -512,7 +511,7 @@ def draw_numbers(n, shape, diffusion, generator):
     return {
         "flip": uniform[:, 0] < 0.5,
         "drop_label": uniform[:, 1] < 0.1,
-        "aug_uniform": uniform[:, 2:],  # (n, 10), see gate_augment
+        "aug_uniform": uniform[:, 2:],  # (n, 10), of gate_augment, not in DiT
         "aug_normal": torch.randn(n, 4, **kw),
         "level": diffusion.draw_level(n, generator),
         "noise": torch.randn(n, *shape, **kw),
@@ -605,7 +604,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient: their mean, not their sum, as DDP counts the loss of each rank for 1 / world."""
+    """mean_over_ranks with a gradient. The gradient of a mean over ranks is the mean of the ranks' gradients."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -665,7 +664,7 @@ class MoCoHead(nn.Module):
         return self.predictor(self.projector(feat, e_t))
 
 def moco_loss(q, k, temperature=0.2):  # UNSPECIFIED: the temperature is [MoCo]'s
-    """InfoNCE of queries q (B, D), keys k (B, D) of all ranks, times 2 temperature [MoCo]; one direction only [P]."""
+    """InfoNCE of q and the keys k (B, 256) of all ranks, times 2 temperature [MoCo]. UNSPECIFIED: in one direction."""
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     rank, keys = 0, k
     if dist.is_initialized():
@@ -718,8 +717,9 @@ def choose_precision(amp, device):
         return "off"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
 
+DRAWS, DROPOUT, ORDER = 0, 1, 2  # independent streams of random numbers
 def stream_seed(*numbers):
-    """One seed from several numbers, such as --seed, a stream, and a step; streams do not resemble each other."""
+    """One seed from several numbers, such as --seed, a stream, and a step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 @functools.lru_cache(maxsize=1)
@@ -804,12 +804,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # channels-last or not, as here
+        for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl, progress bar. Of two jobs in a folder the later stays: args.json has its id."""
+    """Rank 0's args.json, metrics.jsonl and bar. A job that starts later in the folder has it, and the earlier ends."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -890,10 +890,11 @@ def parse_args(argv=None):
     args = read_flags(parser, argv)
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
     defaults = dict(TINY if args.size == "tiny" else PAPER)
-    defaults.update(resolution=resolution, patch=max(2, resolution // 16))
+    defaults.update(resolution=resolution, patch=max(2, resolution // 16))  # DEVIATION at 64: [UViT]'s 4, [P] has 2
     defaults["layer"] = "out_1" if resolution >= 64 else "out_2"  # [P] Tab. 10
     defaults["cl_t"] = 66 if resolution >= 64 else 11  # [P] Tab. 10
     defaults["cl_target"] = "cls" if args.cls_token else "gap"
+    defaults["aug"] = 0.12 if args.cl > 0 else 0.0  # it makes two views
     return resolve_flags(parser, args, defaults)
 
 def build(args):
@@ -917,16 +918,14 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
-        parser.set_defaults(**state["args"])
-        parser.set_defaults(max_steps=None)  # it only said where to stop
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # which only said where to stop
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
 def resolve_flags(parser, args, defaults):
     """Fill in the defaults of flags that were not given, and refuse values out of range."""
-    defaults["aug"] = 0.12 if args.cl > 0 else 0.0  # else there are no two views
     defaults.setdefault("save_every", max(1, (args.epochs or defaults["epochs"]) // 10))
-    for name, value in defaults.items():
+    for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
@@ -943,7 +942,7 @@ def resolve_flags(parser, args, defaults):
 
 # ---- 9. The loop -------------------------------
 def make_optimizer(objective, args):
-    """AdamW. Biases and position embeddings do not decay, [CLS] does: [P] Tab. 11. Decay and betas: [UViT]."""
+    """AdamW. Biases and position embeddings do not decay, [CLS] does: [P] App. A. Decay and betas: [UViT]."""
     groups = [{"params": [], "weight_decay": 0.03}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in objective.named_parameters():
         group = groups[1] if name.endswith(("bias", "pos_embed")) else groups[0]
@@ -957,8 +956,8 @@ def learning_rate(args, step, per_epoch, total):
     return args.lr * min(1, rise, fall)
 
 def ema_decay(args, step):
-    """Decay of the average's update after `step` steps. UNSPECIFIED: how it warms up."""
-    return min(args.ema, (1 + step) / (10 + step))
+    """Decay of the average's update after step 1, 2, ..; the first copies the weights. UNSPECIFIED: as [DDAE]."""
+    return min(args.ema, 1 - step ** (-2 / 3))
 
 class Objective(nn.Module):
     """Everything that is trained, and its loss, in one module: DDP synchronises gradients of a forward call only."""
@@ -982,7 +981,7 @@ class Objective(nn.Module):
 def teacher_key(average, view, level):
     """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
-    feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class
+    feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class, eval mode
     return average.head.projector(feat, e_t)
 
 def build_training(args, device):
@@ -1052,7 +1051,7 @@ def main(args):
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
-    next_save = time.time() + 60  # seconds
+    next_save = time.time() + 60  # a first save after a minute, then every quarter of an hour
     generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
 
     while step < end and not stop:
@@ -1062,7 +1061,7 @@ def main(args):
         order = epoch_order(args.seed, epoch, len(images), images.device)
         order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # if a network has any
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # which UNets have
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
@@ -1074,7 +1073,8 @@ def main(args):
             x, y = images[order[rows]].to(device), labels[order[rows]].to(device)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
-            ddp.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync()
+            # Ranks exchange gradients in the last pass only, by the attribute that DDP's no_sync sets.
+            ddp.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
                 key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
                 loss, losses = ddp(**view1, key=key)
@@ -1085,7 +1085,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # there it may be infinite
+        if precision != "fp16":  # in fp16 it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1094,10 +1094,10 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        lerp = get_ema_multi_avg_fn(ema_decay(args, step))  # average <- decay average + (1 - decay) objective
-        lerp(list(average.parameters()), list(objective.parameters()), None)
+        update_average = get_ema_multi_avg_fn(ema_decay(args, step))
+        update_average(list(average.parameters()), list(objective.parameters()), None)  # None: a count without use
 
-        # 4. Log and save. Only here, every tenth step, do ranks agree (signals wait) and does the host wait for the GPU.
+        # 4. Log and save. Every tenth step only, ranks tell each other of signals, and the host waits for the GPU.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

@@ -220,6 +220,26 @@ def test_splits_of_cifar(monkeypatch):
             assert images.sum() == sum(colour) and labels.tolist() == [1, 0] and names == ["a", "b"]
 
 
+# ---- The average, the uncertainty
+@pytest.mark.parametrize(("script", "decays"), [
+    (T, (0, 0.370039, 0.519250, 0.603150)), (V, (0, 0.370039, 0.519250, 0.603150)), (D, (0.9999,) * 4)])  # fmt: skip
+def test_decay_of_the_average_warms_up_as_its_ancestor_s(script, decays):
+    """ema_pytorch: the first update copies, the n-th after it has 1 - (1 + n)^(-2/3). LightningDiT: constant."""
+    args = script.parse_args(["--dataset", "cifar10"])
+    assert [script.ema_decay(args, step) for step in (1, 2, 3, 4)] == pytest.approx(decays, abs=1e-6)
+    assert script.ema_decay(args, 10**9) == args.ema == 0.9999
+
+
+def test_uncertainty_starts_without_weighting_and_has_frozen_features():
+    torch.manual_seed(0)
+    u = T.EDM(uncertainty=True).uncertainty
+    assert [name for name, _ in u.named_parameters()] == ["linear.weight"] and u(rand(5)).abs().max() == 0
+    say(u.linear, torch.eye(1, 128))
+    t = torch.tensor([-1.0, 0.0, 0.5])
+    assert torch.allclose(u(t), 2**0.5 * torch.cos(t * u.freqs[0] + u.phases[0]), atol=1e-6)
+    assert 4 < u.freqs.std() < 9 and 0 <= u.phases.min() < u.phases.max() < 2 * math.pi  # 2 pi N(0, 1), 2 pi U(0, 1)
+
+
 # ---- Contrastive head
 def test_keys_of_all_ranks_in_their_order(monkeypatch):
     """Two ranks of 3 rows, all keys orthogonal, each query equal to its own key: every logit is 1 / T or 0."""

@@ -1,15 +1,16 @@
 """train_dit.py: parity with LightningDiT and its VA-VAE, guidance, the cache of latents, and runs by its user."""
 
+import contextlib
 import errno
-import json
-import resource
+import hashlib
+import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import check_equal_steps, check_resumed, launch, load, metrics
+from conftest import ROOT, check_equal_steps, check_resumed, launch, load, metrics
 from PIL import Image
 
 import probe
@@ -17,15 +18,9 @@ import sample
 import train_dit as D
 import train_unet as T
 
-pytestmark = pytest.mark.usefixtures("fewer_shapes", "no_pictures")
+pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8"]
-GRID = D.save_grid
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Sample grids take 250 steps each."""
-    monkeypatch.setattr(D, "save_grid", lambda *_: None)
+GRID, SHARD = D.save_grid, D.SHARD
 
 
 def network(seed=0, **kw):
@@ -126,17 +121,26 @@ def test_vae(golden, tmp_path):
 def test_full_size_parameter_counts():
     def count(*flags):
         with torch.device("meta"):
-            net, _ = D.build(D.parse_args(["--cache-latents", "none-yet", *flags]))
+            args = D.parse_args(["--cache-latents", "none-yet", *flags])
+            args.classes, args.latents = [str(i) for i in range(1000)], {"mean": [0.0] * 32}
+            net, _ = D.build(args)
         assert net.shape == (32, 16, 16)
         return sum(p.numel() for p in net.parameters())
 
     assert count() == 129_787_424
-    assert count("--cond", "1000") == 130_556_192
+    assert count("--cond") == 130_556_192
     assert count("--self-cond") == 129_787_424 + 1_378_304  # [P]: 1.38 M
     assert count("--qk-norm") == 129_787_424 + 12 * 2 * 64
 
 
 # ---- network
+def untrained(*flags):
+    """The tiny network as it is before its first step."""
+    args = D.parse_args([*TINY, *flags])
+    args.classes = D.SHAPES
+    return D.build(args)[0]
+
+
 def test_self_conditioning_starts_as_the_baseline_and_reaches_the_decoder_only():
     base, plus = network(), network(self_cond="adaptive", layer="2")
     plus.load_state_dict(base.state_dict(), strict=False)
@@ -150,19 +154,12 @@ def test_self_conditioning_starts_as_the_baseline_and_reaches_the_decoder_only()
     assert [k for k in before if not before[k].equal(after[k])] == ["3", "4"]
 
 
-def test_training_starts_at_zero_output_and_the_self_conditioning_mlp_at_zero():
-    net, _ = D.build(D.parse_args([*TINY, "--self-cond", "--cond"]))
-    x = torch.randn(2, 3, 16, 16)
-    assert net(x, torch.rand(2)).abs().max() == 0  # AdaLN-zero
+def test_training_starts_at_zero_and_with_no_giant_gradient():
+    """Where v_hat is zero a cosine has no direction: fp16 would overflow, Adam remember it."""
+    net, noise, y = untrained("--self-cond", "--cond"), torch.randn(8, 3, 16, 16), torch.arange(8)
+    assert net(noise, torch.rand(8), y).abs().max() == 0  # AdaLN-zero
     assert net.self_cond.mlp[2].weight.abs().max() == net.self_cond.mlp[2].bias.abs().max() == 0
-
-
-def test_the_first_gradient_is_no_giant():
-    """The output starts at zero, where a cosine has no direction: fp16 would overflow, Adam remember it."""
-    args = D.parse_args(["--size", "tiny"])
-    net, rf = D.build(args)
-    x0, noise = torch.randn(2, 8, *net.shape)
-    rf.loss(net, x0, torch.full((8,), 0.5), noise)[0].backward()
+    D.LatentRF().loss(net, torch.randn_like(noise), torch.full((8,), 0.5), noise, y)[0].backward()
     assert torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() < 10
 
 
@@ -181,11 +178,11 @@ def test_teacher_stops_at_the_layer_and_feature_is_the_pooled_block():
 def test_null_class_and_token_pooling():
     net = network(classes=4)
     x, t = batch()
-    told = net(x, t, torch.tensor([0, 1, 2]))
-    assert net(x, t).equal(net(x, t, torch.full((3,), 4))) and not net(x, t).equal(told)
+    labelled = net(x, t, torch.tensor([0, 1, 2]))
+    assert net(x, t).equal(net(x, t, torch.full((3,), 4))) and not net(x, t).equal(labelled)
     mixed = net(x, t, torch.tensor([0, -1, 2]))  # -1 is the null class, too
-    assert mixed[1].allclose(net(x, t)[1], atol=1e-5) and mixed[[0, 2]].allclose(told[[0, 2]], atol=1e-5)
-    assert not mixed[1].allclose(told[1], atol=1e-3)
+    assert mixed[1].allclose(net(x, t)[1], atol=1e-5) and mixed[[0, 2]].allclose(labelled[[0, 2]], atol=1e-5)
+    assert not mixed[1].allclose(labelled[1], atol=1e-3)
     maps = {}
     net.run(x, t, None, None, maps=maps)
     assert all((maps["2"][i] == net.features(x, t, pool="token")["2"][i]).all(1).any() for i in range(3))
@@ -205,65 +202,33 @@ def test_qk_norm_bounds_the_logits():
 
 
 def test_network_refuses_what_it_cannot_take():
-    net = network()
-    for kw in ({"y": torch.zeros(3, dtype=torch.long)}, {"aug": torch.zeros(3, 9)}):
-        with pytest.raises(ValueError, match="must be"):
-            net(*batch(), **kw)
-    with pytest.raises(ValueError, match="CLS"):
-        net.features(*batch(), pool="cls")
-    for kw, says in (({"layer": "5"}, "1, 2, 3, 4"), ({"layer": "4", "self_cond": "add"}, "no decoder")):
+    net, (x, t) = network(), batch()
+    for says, call, kw in (
+        ("must be", net, {"x": x[:, :, :6], "t": t}),
+        ("no classes for y", net, {"x": x, "t": t, "y": torch.zeros(3, dtype=torch.long)}),
+        ("aug is given", net, {"x": x, "t": t, "aug": torch.zeros(3, 9)}),
+        ("CLS", net.features, {"x": x, "t": t, "pool": "cls"}),
+        ("1, 2, 3, 4", network, {"layer": "5"}),
+        ("no decoder", network, {"layer": "4", "self_cond": "add"}),
+    ):
         with pytest.raises(ValueError, match=says):
-            network(**kw)
-
-
-# ---- formulation
-def test_times_are_lognorm():
-    t = D.LatentRF().draw_level(50_000, torch.Generator().manual_seed(0))
-    logit = (t / (1 - t)).log()
-    assert abs(logit.mean()) < 0.02 and abs(logit.std() - 1) < 0.02
-
-
-def test_guidance_costs_nothing_outside_its_interval():
-    """Inside, one evaluation of twice the batch: with the class and without."""
-    calls = []
-
-    def net(x, clock, y=None):
-        assert clock.eq(clock[0]).all()
-        calls.append((round(1 - clock[0].item(), 4), y if y is None else y.tolist()))
-        return torch.zeros_like(x) if y is None else x * (y >= 0).view(-1, 1, 1, 1)
-
-    x, y = torch.ones(2, 1, 2, 2), torch.tensor([0, 3])
-    D.LatentRF().sample(net, x, 10, y, cfg_interval=(0.0, 0.89), shift=1.0)
-    guided = [t for t, told in calls if told == [0, 3, -1, -1]]
-    assert len(calls) == 10 and guided == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # not at 1.0 and 0.9
-    assert [t for t, told in calls if told == [0, 3]] == [1.0, 0.9]
-    calls.clear()
-    D.LatentRF().sample(net, x, 10, y, cfg=1.0)
-    assert len(calls) == 10 and all(told == [0, 3] for _, told in calls)
-    calls.clear()
-    D.LatentRF().sample(net, x)
-    assert len(calls) == 250 and all(told is None for _, told in calls)
-    one, two = torch.ones(1, 5, 1, 1), torch.zeros(1, dtype=torch.long)
-    assert D.LatentRF().velocity(net, one, 0.5, two, cfg=1.5).flatten().tolist() == [-1.5] * 5  # every channel
-
-
-def test_sampler_follows_the_flow_of_gaussian_data():
-    """Data ~ N(0, s^2) have a linear flow, x0 = s noise; Euler halves its error with twice the steps."""
-    s, noise = 0.3, torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-
-    def net(x, clock, y=None):
-        t = (1 - clock).view(-1, 1, 1, 1)
-        return -x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
-
-    errors = [(D.LatentRF().sample(net, noise, n) - s * noise).abs().max().item() for n in (125, 250)]
-    assert errors[1] < 0.02 and errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+            call(**kw)
 
 
 # ---- runs
 def train(out, *flags):
     """Run the script in this process; returns its metrics lines without the header."""
-    D.main(D.parse_args([*TINY, "--out", str(out), *flags]))
-    return metrics(out)
+    D.main(D.parse_args([*TINY, "--out", *map(str, [out, *flags])]))
+    return metrics(Path(out))
+
+
+@contextlib.contextmanager
+def refused(capsys, says):
+    """The block must end with status 2 and one line of error that says why."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(lines) == 1 and says in lines[0], (says, lines)
 
 
 def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
@@ -274,50 +239,64 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
     check_resumed(tmp_path / "a", tmp_path / "b", whole, parts)
 
 
-@pytest.mark.parametrize(
-    ("flags", "want"),
-    [
-        ([], {"patch": 4, "size": "B"}),
-        (["--dataset", "cifar100"], {"patch": 2, "cl_t": 0.06, "layer": "8", "epochs": 2000}),
-        (["--cache-latents", "x", "--dataset", "imagenet100"],
-         {"patch": 1, "resolution": 256, "cl_t": 0.25, "layer": "8", "epochs": 1400, "batch": 1024, "lr": 2e-4,
-          "ema": 0.9999, "warmup": 0, "cooldown": 0, "cl_hidden": 4096, "qk_norm": False}),
-        (["--cache-latents", "x", "--dataset", "imagenet100", "--cond", "100"], {"layer": "8", "epochs": 1000}),
-        (["--cache-latents", "x", "--dataset", "imagenet", "--cond", "1000"],
-         {"layer": "10", "epochs": 90}),
-        (["--cache-latents", "x", "--dataset", "imagenet", "--cond", "1000", "--size", "L"], {"layer": "20"}),
-        (["--cache-latents", "x", "--dataset", "imagenet100", "--size", "XL"], {"layer": "19"}),
-    ],
-)  # fmt: skip
-def test_defaults_are_the_papers(flags, want):
-    args = vars(D.parse_args(["--dataset", "elsewhere", *flags]))
-    assert {k: args[k] for k in want} == want
+def test_defaults_are_the_papers():
+    latents, paper = ["--cache-latents", "x"], {"batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0}
+    for dataset, flags, want in (
+        ("elsewhere", [], {"patch": 4, "size": "B", **paper}),
+        ("cifar100", [], {"patch": 2, "cl_t": 0.06, "layer": "8", "epochs": 2000, **paper}),
+        ("imagenet100", latents, {"patch": 1, "resolution": 256, "cl_t": 0.25, "layer": "8", "epochs": 1400, **paper,
+                                  "cl_hidden": 4096, "qk_norm": False}),
+        ("imagenet100", [*latents, "--cond"], {"layer": "8", "epochs": 1000}),
+        ("imagenet100", [*latents, "--size", "XL"], {"layer": "19"}),
+        ("imagenet", latents, {"layer": "9", "epochs": 90, "save_every": 20}),
+        ("imagenet", [*latents, "--cond"], {"layer": "10", "epochs": 90}),
+        ("imagenet", [*latents, "--cond", "--size", "L"], {"layer": "20"}),
+    ):  # fmt: skip
+        args = vars(D.parse_args(["--dataset", dataset, *flags]))
+        assert {name: args[name] for name in want} == want
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--patch", "5"], "do not divide"), (["--layer", "9"], "1, 2, 3"), (["--cond", "-4"], "out of range"),
-        (["--vae", "x.pt"], "--cache-latents DIR"), (["--cache-latents", "x"], "give --vae FILE"),
-        (["--cache-latents", "x", "--resolution", "40"], "multiples of 16"), (["--cl-t", "2"], "times from 0.0 to 1.0"),
-        (["--cache-latents", "x", "--vae", "none.pt"], "does not exist"), (["--resolution", "0"], "out of range"),
-        (["--cache-latents", "x", "--vae", __file__], "no finished latents"), (["--cond", "-3"], "out of range"),
-    ],
-)  # fmt: skip
-def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys, monkeypatch):
+def test_mistakes_end_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        D.main(D.parse_args([*TINY, "--out", "run", *flags]))
-    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stop.value.code == 2 and len(err) == 1 and says in err[0], err
+    for flags, says in (
+        (["--patch", "5"], "do not divide"), (["--layer", "9"], "1, 2, 3"), (["--cl-t", "2"], "times from 0 to 1"),
+        (["--layer", "6", "--self-cond"], "no decoder"), (["--cond", "3"], "unrecognized arguments: 3"),
+        (["--vae", "x.pt"], "--cache-latents DIR"), (["--latent-stats", "x.pt"], "--cache-latents DIR"),
+        (["--resolution", "0"], "--resolution must be above 0"), (["--cache-latents", "x"], "give --vae FILE"),
+        (["--cache-latents", "x", "--vae", "none.pt"], "holds no latents"),
+        (["--cache-latents", "x", "--resolution", "40"], "multiples of 16 pixels, not 40"),
+        (["--cache-latents", "x", "--vae", __file__], "shapes/train/<class>/*"),  # nothing to encode
+    ):  # fmt: skip
+        with refused(capsys, says):
+            train("run", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_init_takes_all_weights_or_none(tmp_path, capsys):
+    for public, ours, says in (
+        ("--qk-norm --self-cond --cond", "--qk-norm --self-cond --cond", None),
+        ("--qk-norm", "--qk-norm --self-cond", None),  # [P] adds it to public weights
+        ("--qk-norm --cond", "--cond", "unexpected ['blocks.0.attn.q_norm.weight'"),
+        ("--self-cond", "", "unexpected ['self_cond.mlp.0.weight'"),
+        ("--cond", "", "unexpected ['y_embedder.embedding_table.weight']"),
+        ("", "--cond", "missing ['y_embedder.embedding_table.weight']"),
+        ("--patch 4", "", "does not fit: size mismatch for "),
+    ):
+        source, net = untrained(*public.split()), untrained(*ours.split())
+        torch.save({"ema": {f"module.{k}": v + 1 for k, v in source.state_dict().items()}}, tmp_path / "public.pt")
+        with refused(capsys, says) if says else contextlib.nullcontext():
+            D.load_weights(net, tmp_path / "public.pt")
+        assert says or all(net.state_dict()[k].equal(v + 1) for k, v in source.state_dict().items())
 
 
 # ---- latents
+RUN = ["--cond", "--self-cond", "--cl", "0.01", "--max-steps", "3"]
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Class folders of noise images, 150 train and 20 test, a random small VA-VAE, and the flags that use them."""
-    root = tmp_path_factory.mktemp("latents")
-    rng = np.random.RandomState(0)
+    """Class folders of 150 and 20 images of noise, three shards and one, a random small VA-VAE, and flags for them."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
     for split, n in (("train", 150), ("test", 20)):
         for i in range(n):
             path = root / "data/pics" / split / "ab"[i % 2] / f"{i}.png"
@@ -327,326 +306,288 @@ def pictures(tmp_path_factory):
     torch.manual_seed(0)
     torch.save({"state_dict": D.VAE(32, 4).state_dict()}, root / "vae.pt")
     flags = ["--dataset", "pics", "--data", str(root / "data"), "--resolution", "32", "--vae", str(root / "vae.pt")]
-    return root, flags
-
-
-def cache(pictures, out, *flags):
-    return train(out, *pictures[1], "--cache-latents", str(pictures[0] / out.name), *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(D, "SHARD", 64)
+        yield root, flags
 
 
 @pytest.fixture(scope="module")
 def cached(pictures, tmp_path_factory):
-    """A run on latents, with the cache it made."""
-    out = tmp_path_factory.mktemp("whole")
-    cache(pictures, out, "--cond", "--self-cond", "--max-steps", "3")
-    return out
+    """A run on latents, and the folder of the latents that it made."""
+    home = tmp_path_factory.mktemp("cached")
+    train(home / "run", *pictures[1], *RUN, "--cache-latents", home / "latents")
+    return home / "run", home / "latents"
 
 
-def test_cache_holds_what_was_promised(pictures, cached):
-    """Bytes, both flips, draws from the posterior, normalised, and the way back to pixels."""
-    folder = pictures[0] / cached.name
-    assert sorted(path.name for path in folder.glob("[!.]*")) == ["meta.json", "test.labels.npy", "test.npy",
-                                                              "train.labels.npy", "train.npy"]  # fmt: skip
-    assert (folder / "train.npy").stat().st_size == 128 + 2 * 150 * 2 * 4 * 2 * 2  # numpy's header, float16
-    args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(folder)])
-    latents, labels, classes = D.load_data(args, "train")
-    assert latents.shape == (150, 2, 4, 2, 2) and latents.dtype == torch.float16
-    assert labels.bincount().tolist() == [75, 75] and classes == ["a", "b"]
-    assert len(D.load_data(args, "test")[0]) == 20
-    maps = Path("/proc/self/maps")  # memory-mapped, not read
-    assert not maps.exists() or str(folder / "train.npy") in maps.read_text()
-    x0, mirrored = (D.to_x0(latents, torch.full((150,), flip)) for flip in (False, True))  # each (150, 4, 2, 2)
-    assert x0.dtype == torch.float32 and x0.equal(D.to_x0(latents)) and not x0.equal(mirrored)
-    two = D.to_x0(latents[torch.tensor([3, 5])], torch.tensor([True, False]))
-    assert two.equal(torch.stack([mirrored[3], x0[5]]))
-    both = torch.cat([x0, mirrored])  # the statistics are of the same images, but of other draws: 1 200 numbers
-    assert both.mean((0, 2, 3)).abs().max() < 0.15 and (both.std((0, 2, 3)) - 1).abs().max() < 0.1
-
-    # Taken back, either flip is a draw from the posterior of its image: unit normal, once its mean and std are out.
-    mean, std = (torch.tensor(args.latents[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    vae = D.load_vae(pictures[0] / "vae.pt", "cpu")
-    files = [file for file, _ in D.list_images(pictures[0] / "data/pics", "train")[0]]
-    pixels = D.to_x0(torch.from_numpy(np.stack([D.load_image(file, 32) for file in files])))
-    for x, view in ((x0, pixels), (mirrored, pixels.flip(3))):
-        centre, width = vae.encode(view)
-        z = (x * std + mean - centre) / width
-        assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05
-    got = D.decoder(args, torch.device("cpu"))(x0[:3])
-    assert (got.int() - D.to_uint8(vae.decode(x0[:3] * std + mean)).int()).abs().max() <= 1
+def open_cache(folder, *flags, split="train"):
+    """Latents, labels and classes of a cache, which is made if it must be, and the flags, args.latents filled in."""
+    args = D.parse_args([*TINY, "--cache-latents", *map(str, [folder, *flags])])
+    return *D.load_data(args, split), args
 
 
-def test_statistics_are_of_random_training_images(pictures, cached, tmp_path, monkeypatch):
-    """64 of 150 images give other numbers than all of them, near those, and the same ones again."""
-    monkeypatch.setattr(D, "STATISTICS", 64)
-    found = []
-    for name in ("a", "b"):
-        args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(tmp_path / name)])
-        D.load_data(args, "train")
-        found.append(json.loads((tmp_path / name / "meta.json").read_text()))
-    whole = json.loads((pictures[0] / cached.name / "meta.json").read_text())
-    assert found[0] == found[1] and found[0]["std"] != whole["std"]
-    assert found[0]["std"] == pytest.approx(whole["std"], rel=0.2)
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_killed_cache_goes_on_where_it_was(pictures, cached, tmp_path, monkeypatch):
-    """Stopped before the last block: nothing has its final name; resumed, it encodes the rest only; equal files."""
-    folder, original, seen = pictures[0] / tmp_path.name, D.load_image, []
-
-    def stop_at(limit):
-        def load_image(path, resolution):
-            seen.append(path)
-            if len(seen) > limit:
-                raise KeyboardInterrupt
-            return original(path, resolution)
-
-        monkeypatch.setattr(D, "load_image", load_image)
-
-    stop_at(150 + 128 + 10)  # for the statistics, two of three blocks, and a part of the last one
-    with pytest.raises(KeyboardInterrupt):
-        cache(pictures, tmp_path, "--max-steps", "1")
-    assert not (folder / "train.npy").exists() and np.load(folder / "train.done.npy").tolist() == [1, 1, 0]
-    seen.clear()
-    stop_at(10_000)
-    cache(pictures, tmp_path, "--max-steps", "1")
-    assert len(seen) == 22 + 20  # the last block and the test split
-    whole = pictures[0] / cached.name
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
-    for path in folder.iterdir():
-        assert path.read_bytes() == (whole / path.name).read_bytes(), path.name
+def seed(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-@pytest.mark.parametrize("name", ["train.part.npy", "train.done.npy"])
-def test_a_cache_that_lost_a_file_says_so(pictures, tmp_path, capsys, monkeypatch, name):
-    args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(tmp_path / "c")])
-    with monkeypatch.context() as patch:
-        patch.setattr(D, "seeded", lambda *numbers: 1 / 0 if numbers == (1, True, 0) else 0)  # the first block
-        with pytest.raises(ZeroDivisionError):
-            D.load_data(args, "train")
-    (tmp_path / "c" / name).unlink()
-    with pytest.raises(SystemExit) as stop:
-        D.load_data(args, "train")
-    assert stop.value.code == 2 and "is damaged" in capsys.readouterr().err
+def draws(vae, files, seed):
+    """Draws from the posterior of images and their mirror images, (n, 2, 4, 2, 2)."""
+    pixels = torch.stack([D.load_image(file, 32) for file in files]) / 127.5 - 1
+    both = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
+    mean, std = (torch.cat(parts) for parts in zip(*map(vae.encode, both.split(16)), strict=True))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+    return (mean + std * noise).unflatten(0, (-1, 2))
 
 
-def test_a_full_disk_is_said_at_the_start(pictures, tmp_path, capsys, monkeypatch):
-    """Room is taken before the first image is read; what was begun is gone."""
+def test_cache_equals_a_replay_and_needs_neither_images_nor_vae(pictures, cached, tmp_path):
+    folder, vae = cached[1], D.load_vae(pictures[0] / "vae.pt", "cpu")
+    files = {split: [] for split in ("train", "test")}
+    for split, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        files[split] += sorted(str(path) for path in (pictures[0] / "data/pics" / split / label).iterdir())
+    some = [files["train"][i] for i in np.random.RandomState(0).permutation(150)]
+    z = torch.cat([draws(vae, some[i : i + 64], seed(0, i)) for i in (0, 64, 128)])
+    mean, std = z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4))
+    sha = hashlib.sha256((pictures[0] / "vae.pt").read_bytes()).hexdigest()
+    assert torch.load(folder / "meta.pt", weights_only=True) == {
+        "dataset": "pics", "resolution": 32, "classes": ["a", "b"], "train": 150, "test": 20, "vae": sha[:16],
+        "mean": mean.tolist(), "std": std.tolist(),
+    }  # fmt: skip
+    names = ["meta.pt"]
+    for split, shards in (("train", 3), ("test", 1)):
+        x0, labels, classes, _ = open_cache(folder, *pictures[1][:-2], "--data", tmp_path, split=split)
+        assert classes == ["a", "b"] and [classes[i] for i in labels] == [Path(file).parts[-2] for file in files[split]]
+        for i in range(shards):
+            names.append(f"{split}_{i:05d}.pt")
+            part, rows = torch.load(folder / names[-1], weights_only=True), slice(64 * i, 64 * i + 64)
+            z = draws(vae, files[split][rows], seed(1, split == "train", i))
+            want = ((z - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).half()
+            assert part.keys() == {"latents", "labels"} and part["labels"].equal(labels[rows])
+            assert want.equal(part["latents"]) and want.equal(x0[rows])
+    assert content(folder).keys() == set(names)
+    maps, flip = Path("/proc/self/maps"), torch.arange(20) % 3 == 0
+    assert not maps.exists() or f"{folder}/test_00000.pt" in maps.read_text()  # x0 is of the file, not read
+    assert D.to_x0(x0[:], flip).equal(x0[:][range(20), flip.int()].float())
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    rooms = []
-    monkeypatch.setattr(D.os, "posix_fallocate", lambda *room: full() if rooms else rooms.append(room))  # train fits
-    monkeypatch.setattr(D, "load_image", None)  # none is read
-    args = D.parse_args([*TINY, *pictures[1], "--cache-latents", str(tmp_path / "c")])
-    with pytest.raises(SystemExit) as stop:
-        D.load_data(args, "train")
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and "150 images x 2 flips" in captured.out
-    assert captured.err.count("\n") == 1 and "no room for 1.28e-06 GB" in captured.err
-    assert not list((tmp_path / "c").glob("*part*")) and not (tmp_path / "c/meta.json").exists()
+def test_a_large_set_has_shards_of_4096_and_statistics_of_2048_random_images(pictures, tmp_path, monkeypatch):
+    """The images are numbers here, and their own latents."""
+    samples = {"train": [(f"{i}", i % 3) for i in range(5000)], "test": [(f"{i}", 0) for i in range(100)]}
+    calls, want = [], []
 
+    def encode(vae, files, resolution, seed):
+        calls.append((files, seed))
+        return torch.tensor([float(file) for file in files]).view(-1, 1, 1, 1, 1).expand(-1, 2, 4, 1, 1)
 
-def test_room_on_disk_is_really_taken(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "encode_images", lambda *_: 1 / 0)  # as if killed right after
-    args = D.parse_args([*TINY, *pictures[1], "--resolution", "512", "--cache-latents", str(tmp_path / "c")])
-    with pytest.raises(ZeroDivisionError):
-        D.load_data(args, "train")
-    stat = (tmp_path / "c/train.part.npy").stat()
-    assert stat.st_size == 128 + 2 * 150 * 2 * 4 * 32 * 32 and stat.st_blocks * 512 >= stat.st_size
-
-
-def test_latents_that_are_not_finite_are_refused(pictures, tmp_path, capsys, monkeypatch):
-    def encode(vae, pairs, resolution, seed):
-        z = torch.zeros(len(pairs), 2, 4, 2, 2)
-        z[0, 0, 0, 0, 0] = 1e5  # more than float16 holds
-        return z
-
-    torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, tmp_path / "stats.pt")
+    monkeypatch.setattr(D, "SHARD", SHARD)
     monkeypatch.setattr(D, "encode_images", encode)
-    with pytest.raises(SystemExit) as stop:
-        cache(pictures, tmp_path, "--latent-stats", str(tmp_path / "stats.pt"), "--max-steps", "1")
-    assert stop.value.code == 2 and "infinity or NaN" in capsys.readouterr().err
+    monkeypatch.setattr(D, "load_vae", lambda *_: None)
+    monkeypatch.setattr(D, "list_images", lambda root, split: (samples[split], ["a", "b", "c"]))
+    x0, labels, _, args = open_cache(tmp_path, *pictures[1])
+    some = np.random.RandomState(0).permutation(5000)[:2048]
+    for indices, *numbers in ((some, 0), (np.arange(5000), 1, 1), (np.arange(100), 1, 0)):
+        for first in range(0, len(indices), 64):
+            block = first if numbers == [0] else first // 64
+            want.append(([str(i) for i in indices[first : first + 64]], seed(*numbers, block)))
+    assert calls == want and {"train_00000.pt", "train_00001.pt"} < content(tmp_path).keys()
+    mean, std = args.latents["mean"][0], args.latents["std"][0]
+    assert (mean, std) == pytest.approx((some.mean(), some.std(ddof=1)), rel=1e-3)
+    want = ((torch.arange(5000.0) - mean) / std).half().view(-1, 1, 1, 1, 1).expand(-1, 2, 4, 1, 1)
+    assert x0[:].equal(want) and labels.equal(torch.arange(5000) % 3)
 
 
-def test_images_without_classes_become_latents(pictures, tmp_path):
+def test_shards_are_indexed_as_one_tensor(monkeypatch):
+    monkeypatch.setattr(D, "SHARD", 4)
+    whole = torch.randn(10, 2, 3, 2, 2).half()
+    shards = D.Shards(list(whole.split(4)))
+    for rows in (
+        torch.tensor([9, 0, 4, 3]), torch.tensor([3, 3, 8, 3]), torch.tensor([-1, -10]), torch.arange(10) % 3 == 0,
+        slice(None), slice(2, 9), slice(8, 20), slice(1, None, 4),
+    ):  # fmt: skip
+        assert shards[rows].shape == whole[rows].shape and shards[rows].equal(whole[rows]), rows
+    for name in ("shape", "ndim", "nbytes", "device"):
+        assert getattr(shards, name) == getattr(whole, name), name
+    assert len(shards) == 10 and shards.to(torch.device("cpu")) is shards
+
+
+def test_a_killed_encoding_goes_on_with_the_missing_shards(pictures, cached, tmp_path, monkeypatch):
+    """What is finished is neither read again nor written again, and the end is the same."""
+    read, seen, limit = D.load_image, [], 150 + 64 + 10  # for the statistics, one shard, and a part of the next
+
+    def load_image(path, resolution):
+        seen.append(path)
+        if len(seen) > limit:
+            raise KeyboardInterrupt
+        return read(path, resolution)
+
+    def states():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    monkeypatch.setattr(D, "load_image", load_image)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(tmp_path, *pictures[1])
+    before, limit = states(), 10_000
+    assert sorted(before) == ["meta.pt", "train_00000.pt"]
+    for images in (150 - 64 + 20, 64, 0):
+        seen.clear()
+        open_cache(tmp_path, *pictures[1])
+        assert len(seen) == images and before.items() <= states().items() and content(tmp_path) == content(cached[1])
+        if images > 64:
+            (tmp_path / "train_00001.pt").unlink()
+
+
+def test_two_ranks_make_the_same_shards_and_the_same_steps(pictures, cached, tmp_path):
+    (tmp_path / "script.py").write_text(f"""import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import conftest, train_dit as D
+make_shards = D.make_shards
+def report(args, meta, shards, device):
+    print("makes", *[shard[0].name for shard in shards])
+    make_shards(args, meta, shards, device)
+vars(D).update(conftest.shrink(D), SHARD=64, make_shards=report)
+D.main(D.parse_args())
+""")
+    flags = [*pictures[1], *RUN, "--cache-latents", str(tmp_path / "latents"), "--out", str(tmp_path / "run")]
+    lines = launch(2, str(tmp_path / "script.py"), *TINY, *flags).stdout.splitlines()
+    made = {line for line in lines if line.startswith("makes")}
+    assert made == {"makes train_00000.pt train_00002.pt", "makes train_00001.pt test_00000.pt"}  # in turn
+    assert content(tmp_path / "latents") == content(cached[1])
+    check_equal_steps(cached[0], tmp_path / "run", rel=1e-3)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")])
+def test_a_full_disk_is_one_line(pictures, tmp_path, capfd, monkeypatch, error):
+    """With the script run as its user does. Nothing half-written is left, and what was finished stays."""
+    save = torch.save
+
+    def full(state, file):
+        if "latents" in state:
+            file.write(b"half of it")
+            raise error
+        save(state, file)
+
+    flags = [*TINY, *pictures[1], "--cache-latents", str(tmp_path / "latents"), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr("sys.argv", ["train_dit.py", *flags])
+    with refused(capfd, f"train_00000.pt cannot be written, is the disk full? ({error})"):
+        runpy.run_path(str(ROOT / "train_dit.py"), run_name="__main__")
+    assert [path.name for path in tmp_path.rglob("*")] == ["latents", "meta.pt"]
+
+
+def test_images_without_classes_become_latents(pictures, tmp_path, capsys):
     for file in (pictures[0] / "data/pics").glob("*/*/*.png"):
         split = tmp_path / "flat" / file.parts[-3]
         split.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, split)
-    flags = ["--dataset", "flat", "--data", str(tmp_path), *pictures[1][4:], "--cache-latents", str(tmp_path / "cache")]
+    flags = [*pictures[1], "--dataset", "flat", "--data", tmp_path, "--cache-latents", tmp_path / "latents"]
     assert train(tmp_path / "run", *flags, "--max-steps", "1")[0]["step"] == 1
     assert load(tmp_path / "run")["args"]["classes"] == []
+    with refused(capsys, "--cond needs classes"):
+        train(tmp_path / "cond", *flags, "--cond")
 
 
-def test_one_job_at_a_time_makes_a_cache(pictures, tmp_path, capsys):
-    _lock = D.claim(pictures[0] / tmp_path.name)
-    with pytest.raises(SystemExit) as stop:
-        cache(pictures, tmp_path, "--max-steps", "1")
-    assert stop.value.code == 2 and "another job is writing there" in capsys.readouterr().err
+def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
+    """Nor does one that was begun go on with other images."""
+    whole, begun = cached[1], shutil.copytree(cached[1], tmp_path / "begun")
+    (begun / "train_00001.pt").unlink()
+    before = content(begun)
+    images = shutil.copytree(pictures[0] / "data/pics", tmp_path / "data/pics")
+    (images / "train/b/1.png").write_bytes(b"no picture")
+    torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
+    torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, tmp_path / "stats.pt")
+    vae = ["--vae", pictures[1][-1]]
+    for folder, more, lost, says in (
+        (whole, ["--vae", tmp_path / "other.pt"], None, "latents of another vae"),
+        (whole, ["--latent-stats", tmp_path / "stats.pt"], None, "latents of another mean"),
+        (whole, ["--dataset", "other"], None, "latents of another dataset (pics)"),
+        (whole, ["--resolution", "64"], None, "latents of another resolution (32)"),
+        (begun, ["--vae", tmp_path / "other.pt"], None, "latents of another vae"),
+        (begun, ["--vae", tmp_path / "none.pt"], None, "none.pt does not exist"),
+        (begun, [], None, "is not complete: give --vae FILE"),
+        (begun, [*vae, "--data", tmp_path], None, "was begun with 150 train images, there are 0"),
+        (begun, vae, None, "1 of 64 images cannot be read"),
+        (begun, vae, "test/a/0.png", "was begun with 20 test images, there are 19"),
+        (begun, vae, "train/a/0.png", "was begun with 150 train images, there are 149"),
+    ):
+        if lost:
+            (images / lost).unlink()
+        with refused(capsys, says):
+            open_cache(folder, *pictures[1][:-2], "--data", tmp_path / "data", *more)
+    assert content(begun) == before
+    (begun / "meta.pt").write_bytes(b"{")
+    with refused(capsys, "meta.pt cannot be read"):
+        open_cache(begun, *pictures[1])
 
 
-def test_a_cache_may_be_larger_than_memory(cached, pictures, tmp_path):
-    """10 GB, nearly all a hole of the file; a limit of what a process may map for writing stands for full memory."""
-    folder = tmp_path / "large"
-    shutil.copytree(pictures[0] / cached.name, folder)
-    large = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (150, 2, 4, 2048, 2048))
-    large[149, 1, 3, 2047, 2047], large = 7, None
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, before[1]))
-    try:
-        images, _, _ = D.load_data(D.parse_args([*TINY, *pictures[1], "--cache-latents", str(folder)]), "train")
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-    assert images.nbytes > 2**33 and images[149, 1, 3, 2047, 2047] == 7
-
-
-def test_a_run_goes_on_without_the_vae_whose_work_is_done(cached, pictures, tmp_path):
-    flags = [*pictures[1][:-1], str(tmp_path / "vae.pt"), "--cache-latents", str(pictures[0] / cached.name)]
+def test_a_run_goes_on_with_its_own_images_and_classes(pictures, cached, tmp_path, capsys):
+    """The VA-VAE, whose work is done, may be gone, and the latents have moved; the probe finds them by --data."""
+    folder = shutil.copytree(cached[1], tmp_path / "moved")
     shutil.copy(pictures[1][-1], tmp_path / "vae.pt")
-    train(tmp_path / "a", *flags, "--max-steps", "1")
+    run, flags = tmp_path / "run", [*pictures[1], "--vae", tmp_path / "vae.pt", "--cond", "--cache-latents"]
+    train(run, *flags, cached[1], "--max-steps", "1")
     (tmp_path / "vae.pt").unlink()
-    train(tmp_path / "a", *flags, "--max-steps", "2", "--resume")
-    assert metrics(tmp_path / "a")[-1]["step"] == 2
+    assert train(run, *flags, folder, "--max-steps", "2", "--resume")[-1]["step"] == load(run)["step"] == 2
+    probe.main(probe.parse_args([str(run), "--data", str(folder), "--epochs", "1", "--batch", "16"]))
+    meta = torch.load(folder / "meta.pt", weights_only=True)
+    for change, says in (
+        ({"train": 128}, "trained on 150 images, the data set has 128"), ({"classes": ["a", "c"]}, "other classes"),
+    ):  # fmt: skip
+        torch.save(meta | change, folder / "meta.pt")
+        with refused(capsys, says):
+            train(run, *flags, folder, "--max-steps", "3", "--resume")
 
 
-def test_two_ranks_make_the_same_cache_and_the_same_steps(pictures, tmp_path):
-    flags = [*pictures[1], "--cond", "--self-cond", "--cl", "0.01", "--max-steps", "3"]
-    folders = {n: str(pictures[0] / f"{tmp_path.name}-{n}") for n in (1, 2)}
-    for n, folder in folders.items():
-        done = launch(n, "train_dit.py", *TINY, *flags, "--cache-latents", folder, "--out", str(tmp_path / str(n)))
-        assert done.stdout.count("150 images x 2 flips") == 1
-    for name in ("train.npy", "test.npy", "meta.json"):
-        one, two = (Path(folder, name).read_bytes() for folder in folders.values())
-        assert one == two, name
-    check_equal_steps(tmp_path / "1", tmp_path / "2", rel=1e-3)
+def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path, capsys):
+    """Their statistics come in a file of their own and are what normalises, in sampling and on a cache."""
+    mean, std = torch.linspace(-1, 1, 4).view(1, 4, 1, 1), torch.full((1, 4, 1, 1), 3.0)
+    torch.save({"mean": mean, "std": std}, tmp_path / "stats.pt")
+    torch.manual_seed(3)
+    source = D.DiT(4, 2, 1, *D.SIZES["tiny"], classes=2)
+    torch.save({"ema": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "public.pt")
+    train(tmp_path / "run", *pictures[1], "--cache-latents", tmp_path / "latents", "--cond", "--max-steps", "0",
+          "--latent-stats", tmp_path / "stats.pt", "--init", tmp_path / "public.pt")  # fmt: skip
+    model = sample.load_checkpoint(tmp_path / "run")
+    assert model.step == 0 and all(model.net.state_dict()[k].equal(v) for k, v in source.state_dict().items())
+    z, vae = torch.randn(2, 4, 2, 2), D.load_vae(pictures[0] / "vae.pt", "cpu")
+    want = D.to_uint8(vae.decode(z * 3 + mean))
+    assert (D.decoder(model.args, torch.device("cpu"))(z).int() - want.int()).abs().max() <= 1
+    latents = D.load_data(model.args, "train")[0][:]
+    others, _, _, args = open_cache(cached[1], *pictures[1])
+    others = others[:] * torch.tensor(args.latents["std"]).view(4, 1, 1)
+    others += torch.tensor(args.latents["mean"]).view(4, 1, 1)
+    assert (latents * 3 + mean - others).abs().max() < 0.01
+    model.args.cache_latents = str(cached[1])  # normalised by its own statistics
+    with refused(capsys, "latents of another mean"):
+        D.load_data(model.args, "train")
 
 
-def test_tools_take_latents_through_the_seam(pictures, cached, tmp_path, capsys):
-    sample.main(sample.parse_args([str(cached), "--n", "3", "--steps", "2", "--out", str(tmp_path / "s.npz")]))
+# ---- tools
+def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
+    run = str(cached[0])
+    sample.main(sample.parse_args([run, "--n", "3", "--steps", "2", "--out", str(tmp_path / "s.npz")]))
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 32, 32, 3)
-    flags = [str(cached), "--grid", "--t", "0.25", "--pixels", "--epochs", "2", "--batch", "16"]
-    cells = probe.main(probe.parse_args([*flags, "--json", str(tmp_path / "p.json"), "--cache"]))[0]["cells"]
+    flags = [run, "--grid", "--t", "0.25", "--pixels", "--epochs", "2", "--batch", "16", "--cache"]
+    cells = probe.main(probe.parse_args([*flags, "--json", str(tmp_path / "p.json")]))[0]["cells"]
     assert [c["layer"] for c in cells] == ["1", "2", "3", "4", "5", "6", "pixels"]
-    other = tmp_path / "other.pt"
-    torch.save(D.VAE(32, 4).state_dict(), other)
-    for wrong, says in ((["--vae", str(tmp_path / "none.pt")], "does not exist"),
-                        (["--vae", str(cached / "last.pt")], "not the file"), (["--vae", str(other)], "not the file")):
-        with pytest.raises(SystemExit) as stop:
-            sample.main(sample.parse_args([str(cached), "--n", "1", "--steps", "1", *wrong]))
-        assert stop.value.code == 2 and says in capsys.readouterr().err
+    torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
+    for wrong, says in ((tmp_path / "none.pt", "does not exist"), (cached[0] / "last.pt", "is not the file"),
+                        (tmp_path / "other.pt", "is not the file")):  # fmt: skip
+        with refused(capsys, says):
+            sample.main(sample.parse_args([run, "--n", "1", "--steps", "1", "--vae", str(wrong)]))
 
 
 def test_sample_grids_of_latents_are_decoded_where_there_is_a_vae(pictures, cached, tmp_path):
-    folder = str(pictures[0] / cached.name)
-    args = D.parse_args([*TINY, *pictures[1], "--cache-latents", folder, "--out", str(tmp_path)])
-    D.load_data(args, "train")
+    *_, args = open_cache(cached[1], *pictures[1], "--out", tmp_path)
     net, diffusion = D.build(args)
     diffusion.sample = lambda net, noise, y: noise
     GRID(args, net, diffusion, torch.device("cpu"), 7)
     assert Image.open(tmp_path / "samples_0007.png").size == (4 * 34 + 2, 4 * 34 + 2)
-    args.vae = None
-    GRID(args, net, diffusion, torch.device("cpu"), 8)
-    assert not (tmp_path / "samples_0008.png").exists()
-
-
-def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
-    """Another VA-VAE, or other images, are an error; a finished cache needs neither the VA-VAE nor the images."""
-    torch.manual_seed(1)
-    torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
-    folder = ["--cache-latents", str(pictures[0] / cached.name), "--resolution", "32", "--max-steps", "1"]
-    with pytest.raises(SystemExit) as stop:
-        train(tmp_path / "a", *pictures[1][:-1], str(tmp_path / "other.pt"), *folder)
-    assert stop.value.code == 2 and "another vae" in capsys.readouterr().err
-    begun = shutil.copytree(pictures[0] / cached.name, tmp_path / "begun")
-    (begun / "test.npy").unlink()  # as if it were under way
-    shutil.copytree(pictures[0] / "data/pics", tmp_path / "data/pics")
-    (tmp_path / "data/pics/test/a/0.png").rename(tmp_path / "data/pics/test/a/x.png")
-    for wrong, says in ((["--vae", str(tmp_path / "other.pt")], "another vae"),
-                        (["--data", str(tmp_path / "data")], "another files")):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            train(tmp_path / "b", *pictures[1], "--cache-latents", str(begun), *wrong, "--max-steps", "1")
-        assert stop.value.code == 2 and says in capsys.readouterr().err
-    lines = train(tmp_path / "c", "--dataset", "pics", "--data", str(tmp_path), *folder, "--cond")
-    assert len(lines) == 1 and load(tmp_path / "c")["args"]["classes"] == ["a", "b"]
-    for wrong, says in ((["--dataset", "other"], "dataset pics"), (["--resolution", "64"], "resolution 32")):
-        with pytest.raises(SystemExit) as stop:
-            train(tmp_path / "d", "--dataset", "pics", *folder, *wrong)
-        assert stop.value.code == 2 and says in capsys.readouterr().err
-
-
-def test_a_run_resumes_without_the_vae_and_with_a_moved_cache(pictures, cached, tmp_path, capsys):
-    """The probe finds a moved cache by --data; a cache of other latents is refused."""
-    moved = shutil.copytree(pictures[0] / cached.name, tmp_path / "moved")
-    flags = ["--dataset", "pics", "--resolution", "32", "--cond", "--cache-latents"]
-    train(tmp_path / "run", *flags, str(pictures[0] / cached.name), "--max-steps", "1")
-    train(tmp_path / "run", *flags, str(moved), "--max-steps", "2", "--resume")
-    assert load(tmp_path / "run")["step"] == 2
-    probe.main(probe.parse_args([str(cached), "--data", str(moved), "--epochs", "1", "--batch", "16"]))
-    meta = json.loads((moved / "meta.json").read_text())
-    (moved / "meta.json").write_text(json.dumps(meta | {"vae": "0"}))
-    for text, says in ((None, "another vae"), ("{", "damaged"), ('{"vae": "0"}', "damaged")):
-        if text:
-            (moved / "meta.json").write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            probe.main(probe.parse_args([str(cached), "--data", str(moved), "--epochs", "1"]))
-        assert stop.value.code == 2 and says in capsys.readouterr().err
-
-
-def test_public_weights_become_a_checkpoint_without_data(pictures, cached, tmp_path, capsys):
-    """Their statistics come in a file of their own and are what normalises, in sampling and on a cache."""
-    stats = {"mean": torch.linspace(-1, 1, 4).view(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 3.0)}
-    torch.save(stats, tmp_path / "stats.pt")
-    torch.manual_seed(3)
-    source = D.DiT(4, 2, 1, *D.SIZES["tiny"], classes=2)
-    torch.save({"ema": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "public.pt")
-    flags = ["--dataset", "pics", "--resolution", "32", "--cond", "2", "--vae", pictures[1][-1], "--max-steps", "0",
-             "--latent-stats", str(tmp_path / "stats.pt"), "--init", str(tmp_path / "public.pt")]  # fmt: skip
-    train(tmp_path / "run", *flags, "--cache-latents", str(tmp_path / "not-there"))
-    model = sample.load_checkpoint(tmp_path / "run")
-    assert all(model.net.state_dict()[k].equal(v) for k, v in source.state_dict().items())
-    z = torch.randn(2, 4, 2, 2)
-    vae = D.load_vae(pictures[0] / "vae.pt", "cpu")
-    want = D.to_uint8(vae.decode(z * 3 + stats["mean"]))
-    assert (D.decoder(model.args, torch.device("cpu"))(z).int() - want.int()).abs().max() <= 1
-    model.args.cache_latents = str(pictures[0] / cached.name)
-    with pytest.raises(SystemExit):  # that cache is normalised by its own statistics
-        D.load_data(model.args, "train")
-    assert "another mean" in capsys.readouterr().err
-    model.args.cache_latents, model.args.data = str(tmp_path / "new"), pictures[1][3]
-    latents, raw = D.load_data(model.args, "train")[0], np.load(pictures[0] / cached.name / "train.npy")
-    old = json.loads((pictures[0] / cached.name / "meta.json").read_text())
-    mean, std = (torch.tensor(old[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    raw = torch.from_numpy(raw).float() * std + mean
-    assert (latents * 3 + stats["mean"].view(-1, 1, 1) - raw).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("lost", ["--qk-norm", "--self-cond", "--cond"])
-def test_init_refuses_what_it_would_drop(tmp_path, capsys, lost):
-    flags = ["--qk-norm", "--self-cond", "--cond"]
-    source, _ = D.build(D.parse_args([*TINY, *flags]))
-    torch.save(source.state_dict(), tmp_path / "public.pt")
-    for given in (flags, [flag for flag in flags if flag != lost]):
-        net, _ = D.build(D.parse_args([*TINY, *given]))
-        if given == flags:
-            D.load_weights(net, tmp_path / "public.pt")
-            continue
-        with pytest.raises(SystemExit) as stop:
-            D.load_weights(net, tmp_path / "public.pt")
-        assert stop.value.code == 2 and "have no place" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [["--cfg", "-1"], ["--cfg-interval", "0.9", "0.1"], ["--steps", "0"]])
-def test_sampling_flags_that_make_no_sense(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sample.main(sample.parse_args([str(tmp_path), *flags]))
-    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
-
-
-def test_a_run_is_made_longer(tmp_path):
-    """--epochs may change on --resume, and what follows from it."""
-    train(tmp_path, "--epochs", "1")
-    train(tmp_path, "--epochs", "2", "--resume")
-    assert load(tmp_path)["step"] == 16
+    for epoch, vae in ((8, None), (9, str(tmp_path / "none.pt"))):
+        args.vae = vae
+        GRID(args, net, diffusion, torch.device("cpu"), epoch)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_guidance_flags_reach_the_sampler_and_nothing_else_takes_them(tmp_path, capsys):
@@ -662,7 +603,10 @@ def test_guidance_flags_reach_the_sampler_and_nothing_else_takes_them(tmp_path, 
     state = {"script": "train_unet", "args": vars(args), "ema": T.build(args)[0].state_dict(), "epoch": 0, "step": 0}
     torch.save(state, tmp_path / "unet.pt")
     train(tmp_path / "plain", "--max-steps", "1")
-    for path, flag, says in (("unet.pt", "--cfg", "--cfg: DDPM"), ("plain", "--cfg", "is unconditional")):
-        with pytest.raises(SystemExit) as stop:
-            sample.main(sample.parse_args([str(tmp_path / path), "--n", "1", "--steps", "1", flag, "2"]))
-        assert stop.value.code == 2 and says in capsys.readouterr().err
+    for path, flags, says in (
+        ("unet.pt", ["--cfg", "2"], "--cfg: DDPM"), ("plain", ["--cfg", "2"], "is unconditional"),
+        ("cond", ["--cfg", "-1"], "--cfg"), ("cond", ["--cfg-interval", "0.9", "0.1"], "--cfg-interval"),
+        ("cond", ["--steps", "0"], "--steps"),
+    ):  # fmt: skip
+        with refused(capsys, says):
+            sample.main(sample.parse_args([str(tmp_path / path), "--n", "1", "--steps", "1", *flags]))

@@ -235,7 +235,9 @@ def test_edm_loss_of_a_silent_network():
     want = plain.loss(silent, x0, 0.5, noise)[0].item()
     assert weighted.loss(silent, x0, 0.5, noise)[0].item() == pytest.approx(want)  # u starts at 0
     with torch.no_grad():
-        weighted.uncertainty[2].bias.fill_(0.7)  # u = 0.7: L / exp(u) + u
+        weighted.uncertainty.freqs.zero_()
+        weighted.uncertainty.phases.zero_()
+        weighted.uncertainty.linear.weight.fill_(0.7 / (128 * 2**0.5))  # u = 0.7: L / exp(u) + u
     assert weighted.loss(silent, x0, 0.5, noise)[0].item() == pytest.approx(want / math.exp(0.7) + 0.7)
 
 

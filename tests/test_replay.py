@@ -21,7 +21,7 @@ import train_dit
 import train_unet
 import train_uvit
 
-BATCH, CLASSES, EMA = 8, 3, 0.28
+BATCH, CLASSES, EMA = 8, 3, 0.6
 NETWORKS = {train_unet: train_unet.UNet, train_uvit: train_uvit.UViT, train_dit: train_dit.DiT}
 UNET = ["--backbone", "tiny", "--self-cond", "--aug", "0.5", "--model"]
 CASES = {  # script, flags; the teacher's level, never the default; gamma, in one case so small that nothing is clipped
@@ -194,6 +194,13 @@ def diffusion_loss(script, model, out, x_t, x0, level, noise, u):
     return (loss / u.exp() + u).mean()
 
 
+def log_variance(diffusion, t):
+    """u(sigma) of times t = ln(sigma) / 4: fixed Fourier features, a linear layer without bias. paper.md, section 2."""
+    (weights,) = diffusion.uncertainty.parameters()
+    freqs, phases = diffusion.uncertainty.buffers()
+    return (2**0.5 * torch.cos(t[:, None] * freqs + phases) * weights).sum(1)
+
+
 def info_nce(q, k, temperature=0.2):
     """MoCo v3's loss of queries q against keys k, one pair at a time."""
     total = 0
@@ -337,7 +344,7 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
             # Losses; dropout repeats what it drew.
             torch.set_rng_state(call["rng"])
             result, feat, e_t = net(call["x"], call["t"], y, aug, with_feat=True)
-            u = diffusion.uncertainty(call["t"][:, None])[:, 0] if model == "edm" else None
+            u = log_variance(diffusion, call["t"]) if model == "edm" else None
             loss = diffusion_loss(script, model, result, x_t.float(), x0, view["level"], noise, u)
             contrast = info_nce(head(feat, e_t), key)
             ((loss + gamma * contrast) / 2).backward()
@@ -363,8 +370,8 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
             assert torch.allclose(step["params"][key].double(), want, rtol=0, atol=1e-6), (n, key)
             p.detach().copy_(step["params"][key])
             p.grad = None
-        # The averages of the network and of the projector, by a decay that warms up.
-        decay = min(EMA, (1 + n) / (10 + n))
+        # The averages of the network and of the projector. paper.md, section 7: the decay's warm-up, n from 0.
+        decay = EMA if script is train_dit else min(EMA, 1 - (1 + (n - 1)) ** (-2 / 3))
         for average, module in ((ema, net), (teacher_projector, head.projector)):
             for p, q in zip(average.parameters(), module.parameters(), strict=True):
                 p.detach().copy_(decay * p.detach() + (1 - decay) * q.detach())
