@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=4 fid.py runs/LATENTS --ref VIRTUAL_imagenet256_labeled.npz --labels random   # as [ADM]
 
 [FID] Heusel et al. 2017, arXiv:1706.08500   [IS] Salimans et al. 2016, arXiv:1606.03498
-[P] DDAE++, arXiv:2505.10999: EMA weights, 50 000 samples against the training set at its own resolution
+[P] DDAE++, arXiv:2505.10999, which says neither the number of samples nor the split nor the network. UNSPECIFIED: as
+[DDAE] Xiang et al. 2023, arXiv:2303.09769: EMA weights, 50 000 samples against the training set at its own resolution
 [ADM] Dhariwal & Nichol 2021, arXiv:2105.05233: its statistics (mu and sigma) are the reference at 256 pixels
 
 How the number is made, since published ones differ (UNSPECIFIED: [P] names no library): the Inception of 2015-12-05,

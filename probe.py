@@ -38,7 +38,7 @@ GRIDS = {  # the noise level; levels of --grid, ours, around those of [P] Tab. 1
     "rf": ("t, time", [0.01, 0.03, 0.06, 0.12, 0.25, 0.4], [0.02, *(i / 10 for i in range(1, 10)), 0.98]),
     "dit": ("t, time", [0.06, 0.15, 0.25, 0.35, 0.5], [0.02, *(i / 10 for i in range(1, 10)), 0.98]),
 }
-BATCH = {"ddpm": 512, "tiny": 128}  # of pixels; others 256 ([P] Tab. 11; tiny: ours)
+BATCH = {"ddpm": 512, "tiny": 128}  # of pixels; others 256. UNSPECIFIED: our reading of [P] Tab. 11; tiny: ours
 BLOCK, KNN_K, KNN_TEMPERATURE = 512, 20, 0.07  # a block of images draws its noise as a whole: fixed
 AHEAD = {"cuda": 1024, "cpu": 1}  # images of one call of the network, at least a batch: few leave a GPU waiting
 ORDER, NOISE, TRAIN, FLIPPED, TEST, SUBSET, LOSS = range(7)  # streams of random numbers under one --seed
@@ -438,7 +438,7 @@ def parse_args(argv=None):
     add("--pixels", action="store_true", help="also the flattened clean pixels or latents")
     add("--epochs", type=int, help="[P] Tab. 11; None: CIFAR 15, others 30")
     add("--lr", type=float, help="[P] Tab. 11; None: pixels 4e-3, latents 2e-3")
-    add("--batch", type=int, help="[P] Tab. 11; None: ddpm 512, others 256, latents 1440, tiny (ours) 128")
+    add("--batch", type=int, help="None: ddpm 512, others 256 (our reading of [P] Tab. 11), latents 1440, tiny 128")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="flip at random")
     add("--batchnorm", action="store_true", help="standardise features by training mean and std")
     add("--subset", type=int, metavar="N", help="at most N random images of each split")

@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import sys
 
 import pytest
 import study
-from conftest import ROOT
+import torch
+from conftest import ROOT, load, shrink
 
 POINTS = {  # [P] Tab. 10: (model, backbone, CIFAR-10?) -> layer; level
     ("ddpm", "ddpm", True): ("out_6", 11), ("ddpm", "ddpm", False): ("out_6", 11),
@@ -96,3 +98,40 @@ def test_study_is_what_its_runs_say():
     assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / 3**0.5))
     found = {(run["part"], run["variant"], run["seed"]): run for run in study.RUNS}
     assert len(found) == len(study.RUNS) and all(f"--seed {seed}" in run["train"] for (*_, seed), run in found.items())
+
+
+CLAIMS = re.findall(r"\| `(train_\w+)\.py`, `[\w.]+` \| `([^`]+)` \| `([^`]+)` \|", TEXT)
+UVIT = ["--size", "tiny", "--cls-token", "--aug", "0.5"]
+
+
+@pytest.mark.parametrize(("script", "before", "after"), CLAIMS, ids=[after for *_, after in CLAIMS])
+def test_claim_that_a_changed_line_tries(script, before, after, tmp_path, monkeypatch):
+    """The copy with the changed line trains, and trains differently; guidance of three channels leaves the others."""
+    text = (ROOT / f"{script}.py").read_text()
+    assert text.count(before) == 1
+    (tmp_path / "changed.py").write_text(text.replace(before, after))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "changed", raising=False)
+    ours, changed = importlib.import_module(script), importlib.import_module("changed")
+    if script == "train_dit":
+        x, y = torch.randn(2, 5, 4, 4), torch.zeros(2, dtype=torch.long)
+
+        def net(x, t, y):
+            return x * torch.where(y < 0, 1.0, 2.0).view(-1, 1, 1, 1)
+
+        one, other = (module.LatentRF().velocity(net, x, 0.5, y, cfg=3.0) for module in (ours, changed))
+        assert one[:, :3].equal(other[:, :3]) and other[:, 3:].equal(-2 * x[:, 3:]) and not one.equal(other)
+        return
+    flags = UVIT if script == "train_uvit" else ["--backbone", "tiny", "--model", "edm", "--aug", "0.5"]
+    ends = []
+    for module in (ours, changed):
+        for name, value in shrink(module).items():
+            monkeypatch.setattr(module, name, value)
+        out = tmp_path / module.__name__
+        module.main(module.parse_args([*flags, "--batch", "8", "--max-steps", "3", "--out", str(out)]))
+        ends.append(load(out)["model"])
+    assert ends[0].keys() == ends[1].keys() and any(not ends[0][k].equal(ends[1][k]) for k in ends[0])
+
+
+def test_all_claims_are_there():
+    assert [script for script, *_ in CLAIMS] == ["train_uvit"] * 3 + ["train_unet", "train_dit"]

@@ -11,7 +11,7 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("*.py"))
 TRAIN = [p for p in SCRIPTS if p.name.startswith("train_")]
 MAY_DIFFER = {"build", "parse_args", "make_optimizer"}  # what each script is about
-LATENTS = {"load_data", "to_x0", "make_view", "save_grid"}  # where train_dit.py's data come in, and go out
+LATENTS = {"load_data", "to_x0", "make_view", "save_grid", "ema_decay"}  # train_dit.py: data come in and go out, [LDiT]
 FLAGS = {"train_unet": 26, "train_uvit": 28, "train_dit": 28}
 TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
 SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images", "flip"],
