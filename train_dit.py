@@ -973,7 +973,7 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged or foreign file can raise almost anything
         with open(path, "rb") as file:
             beginning = file.read(40)  # shows, for example, a Git-LFS pointer
-        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0][:100]
+        reason = " ".join(str(error).split("WeightsUnpickler error: ")[-1].split())[:100]
         fail(f"{path} cannot be read as a checkpoint ({reason}); it begins with {beginning}")
     if not isinstance(state, dict):
         fail(f"{path} holds a {type(state).__name__}, not the dict that a checkpoint is")
