@@ -818,7 +818,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient. The gradient of a mean over ranks is the mean of the ranks' gradients."""
+    """mean_over_ranks with a gradient: x enters the loss of every rank by 1 / world, so it is their mean as well."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -982,7 +982,7 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from official weights, or from one of our checkpoints. What [P] adds may be missing in them."""
     state, entry = read_checkpoint(path), f"{path}"
-    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # may be nested; averages first
+    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # into each that is there, EMA first
         if isinstance(state.get(key), dict):
             state, entry = state[key], f"{entry}, {key}"
     for prefix in ("ema_model.", "module.", "net."):  # what ema_pytorch, DDP, and [DDAE] put before names
@@ -1023,7 +1023,7 @@ def load_run(out, parts):
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl and bar. A job that starts later in the folder has it, and the earlier ends."""
+    """Rank 0's args.json, metrics.jsonl and bar. A later job in the same folder takes it over; the earlier exits."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -1137,7 +1137,7 @@ def build(args):
 
 def read_flags(parser, argv):
     """Parse the flags; with --resume once more, now with the run's own as the defaults of those that are not given."""
-    parser.set_defaults(classes=[], train_images=0)  # no flags; of the data
+    parser.set_defaults(classes=[], train_images=0)  # no flags: of the data
     args = parser.parse_args(argv)
     name = f"{args.dataset}-{Path(__file__).stem.removeprefix('train_')}"
     for flag in NAMED:
@@ -1148,7 +1148,7 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
-        parser.set_defaults(**{**state["args"], "max_steps": None})  # which only said where to stop
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # a limit of that call only
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
@@ -1158,7 +1158,7 @@ def resolve_flags(parser, args, defaults):
     for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: 1/4 of a run, tiny 1/10
     args.data = os.path.abspath(args.data)
     for name in ("resolution", "patch", "epochs", "batch", "accum", "lr", "save_every"):
         if name in args and not 0 < getattr(args, name) < math.inf:
@@ -1312,7 +1312,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # in fp16 it may be infinite
+        if precision != "fp16":  # there infinity is no divergence
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1324,7 +1324,7 @@ def main(args):
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
         update_average(list(average.parameters()), list(objective.parameters()), None)  # None: a count without use
 
-        # 4. Log and save. Every tenth step only, ranks tell each other of signals, and the host waits for the GPU.
+        # 4. Log and save. Here ranks agree on a stop and wait for the GPU: every tenth step. One rank stops at once.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

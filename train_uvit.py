@@ -276,10 +276,10 @@ class DDPM(Formulation):
     """A level is a step, from 0 (clean) to 1000; the network predicts the noise. [DDPM] Sec. 2, [P] Tab. 8"""
     def __init__(self, time_scale):
         super().__init__()
-        self.time_scale = time_scale  # the network's time per step
+        self.time_scale = time_scale  # network time per step: 1e-3 for UNets, 0.999 for U-ViT
         betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])  # then cumprod, by logarithms
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)
-        # DEVIATION: as [DDAE] we sample by a table one step noisier; it ends at alphabar 0.9999, not at a clean image.
+        # DEVIATION from [DDIM], as in [DDAE]: the sampler's table counts one beta more; level 0 has alphabar 0.9999.
         betas = torch.linspace(1e-4, 0.02, 1001)
         self.register_buffer("alphabar_ddim", (1 - betas).log().cumsum(0).exp(), persistent=False)
 
@@ -531,9 +531,9 @@ def make_view(images, labels, draws, rows, args):
     return {"x0": x0, "level": draws["level"], "noise": draws["noise"], "y": y, "aug": aug}
 
 def gate_augment(uniform, normal, p):
-    """Draw EDM's augmentation: each transform with probability p, but xflip and r with 1/2, as in [EDM] App. F.2.
+    """Draw EDM's augmentation: each transform with probability p; xflip is a fair coin, r is 0 in half of the draws.
     uniform (B, 10) in [0, 1), normal (B, 4) -> params (B, 8): flips in {0, 1}, scale, rotation theta, stretch w and its
-    angle r, shifts tx and ty, 0 for none; and aug (B, 9), the same for the network, with angles by cosine and sine.
+    angle r, shifts tx and ty, 0 for none; and aug (B, 9), the same for the network, by cosine and sine. [EDM] App. F.2
     """
     u_xflip, u_yflip, u_theta, u_r, gate_yflip, gate_scale, gate_theta, gate_w, gate_shift, gate_r = uniform.unbind(1)
     n_scale, n_w, n_tx, n_ty = normal.unbind(1)
@@ -563,12 +563,12 @@ def augment(x0, params):
     xflip, yflip, scale, theta, w, r, tx, ty = params.unbind(1)
     x0 = torch.where(xflip.view(-1, 1, 1, 1) > 0, x0.flip(3), x0)
     x0 = torch.where(yflip.view(-1, 1, 1, 1) > 0, x0.flip(2), x0)
-    # [EDM] Tab. 6: scale, stretch along r, rotate, shift. Inverted, p -> A p + b; from the centre, x right and y down.
+    # [EDM] Tab. 6: scale, rotate, stretch along r, shift. Inverted, p -> A p + b; from the centre, x right and y down.
     stretch = torch.diag_embed(2 ** (0.2 * torch.stack([-w, w], dim=1)))
     A = rotation(theta) @ rotation(-r) @ stretch @ rotation(r) * 2 ** (-0.2 * scale).view(-1, 1, 1)
     shift = 0.125 * S * torch.stack([tx, ty], dim=1)[:, :, None]  # (B, 2, 1)
     b = -(A @ shift)
-    # Pixel p of the doubled output reads the doubled input at q. Image point c lies at 2 c - 1/2 in both of them.
+    # Doubled output at p is doubled input at q, from the centre. Image pixel k is doubled pixel 2k: c is at 2 c - 1/2.
     up, down = augment_filters(S, device)  # (6S - 4, S), (S, 2S + 12)
     side = down.shape[1]
     axis = torch.arange(side, device=device) + 0.5 - side / 2
@@ -586,7 +586,7 @@ SYM6 = (0.0154041093, 0.00349071208, -0.117990111, -0.0483117426, 0.491055942, 0
 @functools.cache
 def augment_filters(S, device):
     """Matrices for rows of S pixels: up (6S - 4, S) reflects S - 1 at the ends and upsamples, down (S, 2S + 12) halves.
-    The margin of 6 is half a filter. Twelve taps have no middle: the cuts of 5 and of 1 make the two shifts cancel.
+    The margin of 6 is half a filter. Twelve taps have no middle: padding=5 and 1: make the two half shifts cancel.
     """
     taps = torch.tensor(SYM6).view(1, 1, -1)
     padded = F.pad(torch.eye(S)[:, None], [S - 1, S - 1], mode="reflect")  # (S, 1, 3S - 2)
@@ -604,7 +604,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient. The gradient of a mean over ranks is the mean of the ranks' gradients."""
+    """mean_over_ranks with a gradient: x enters the loss of every rank by 1 / world, so it is their mean as well."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -768,7 +768,7 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from official weights, or from one of our checkpoints. What [P] adds may be missing in them."""
     state, entry = read_checkpoint(path), f"{path}"
-    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # may be nested; averages first
+    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # into each that is there, EMA first
         if isinstance(state.get(key), dict):
             state, entry = state[key], f"{entry}, {key}"
     for prefix in ("ema_model.", "module.", "net."):  # what ema_pytorch, DDP, and [DDAE] put before names
@@ -809,7 +809,7 @@ def load_run(out, parts):
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl and bar. A job that starts later in the folder has it, and the earlier ends."""
+    """Rank 0's args.json, metrics.jsonl and bar. A later job in the same folder takes it over; the earlier exits."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -854,7 +854,7 @@ NAMED = ("size", "patch", "cls_token", "layer", "cond", "aug", "cl", "cl_head", 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.set_defaults(model="ddpm")  # no flag; for the tools
+    parser.set_defaults(model="ddpm")  # formulation; no flag
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
     add("--patch", type=int, help="side of a patch in pixels (default: 2, at 64 pixels 4)")
@@ -903,11 +903,11 @@ def build(args):
     classes = len(args.classes) if args.cond else 0
     net = UViT(args.resolution, args.patch, width, depth, heads, classes, aug_dim=9 if args.aug > 0 else 0,
                layer=args.layer, cls_token=args.cls_token, feat_pool=args.cl_target)
-    return net, DDPM(time_scale=0.999)  # [UViT]'s clock, below 1000
+    return net, DDPM(time_scale=0.999)  # as [UViT], 0.999 .. 999
 
 def read_flags(parser, argv):
     """Parse the flags; with --resume once more, now with the run's own as the defaults of those that are not given."""
-    parser.set_defaults(classes=[], train_images=0)  # no flags; of the data
+    parser.set_defaults(classes=[], train_images=0)  # no flags: of the data
     args = parser.parse_args(argv)
     name = f"{args.dataset}-{Path(__file__).stem.removeprefix('train_')}"
     for flag in NAMED:
@@ -918,7 +918,7 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
-        parser.set_defaults(**{**state["args"], "max_steps": None})  # which only said where to stop
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # a limit of that call only
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
@@ -928,7 +928,7 @@ def resolve_flags(parser, args, defaults):
     for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: in short runs
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: 1/4 of a run, tiny 1/10
     args.data = os.path.abspath(args.data)
     for name in ("resolution", "patch", "epochs", "batch", "accum", "lr", "save_every"):
         if name in args and not 0 < getattr(args, name) < math.inf:
@@ -956,7 +956,7 @@ def learning_rate(args, step, per_epoch, total):
     return args.lr * min(1, rise, fall)
 
 def ema_decay(args, step):
-    """Decay of the average's update after step 1, 2, ..; the first copies the weights. UNSPECIFIED: as [DDAE]."""
+    """Decay of the average after step 1, 2, ..; the first update copies. UNSPECIFIED: as [DDAE], n = step - 1."""
     return min(args.ema, 1 - step ** (-2 / 3))
 
 class Objective(nn.Module):
@@ -1085,7 +1085,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # in fp16 it may be infinite
+        if precision != "fp16":  # there infinity is no divergence
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1097,7 +1097,7 @@ def main(args):
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
         update_average(list(average.parameters()), list(objective.parameters()), None)  # None: a count without use
 
-        # 4. Log and save. Every tenth step only, ranks tell each other of signals, and the host waits for the GPU.
+        # 4. Log and save. Here ranks agree on a stop and wait for the GPU: every tenth step. One rank stops at once.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):
