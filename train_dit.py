@@ -296,15 +296,7 @@ def per_image(level, x):
         raise ValueError(f"a noise level is a number or of shape ({len(x)},), not {tuple(level.shape)}")
     return level.view(-1, 1, 1, 1)
 
-class Formulation(nn.Module):
-    """A diffusion process (train_unet.py has three): check_level, draw_level, add_noise, inputs, loss and sample."""
-
-    def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
-        """net.features of x0 noised to `level`: what probe.py reads."""
-        x, t = self.inputs(x0, level, noise)
-        return net.features(x, t, y, pool, last)
-
-class LatentRF(Formulation):
+class LatentRF(nn.Module):
     """A level is a time, from 0 (data) to 1 (noise); the network predicts v = noise - x0. [P] Tab. 8, [RF] Eq. 1
     The network runs on [LDiT]'s clock, as public weights do: it is given 1 - level and returns -v. UNSPECIFIED: pixels
     are treated as latents are.
@@ -361,6 +353,11 @@ class LatentRF(Formulation):
         for level, next_level in zip(levels[:-1], levels[1:], strict=True):
             x = x + (next_level - level) * self.velocity(net, x, level, y, cfg, cfg_interval)
         return x
+
+    def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
+        """net.features of x0 noised to `level`: what probe.py reads."""
+        x, t = self.inputs(x0, level, noise)
+        return net.features(x, t, y, pool, last)
 
 # ---- 5. Data, augmentation: pixels or latents ----
 # Corners; radius of every second corner, relative to the others
@@ -686,6 +683,8 @@ def latents_meta(args, device):
         meta["vae"] = vae_hash(args.vae)
     if args.latent_stats and not args.latents:
         stats = read_checkpoint(args.latent_stats)
+        if "mean" not in stats or "std" not in stats:
+            fail(f"--latent-stats {args.latent_stats} holds no tensors mean and std")
         meta.update(mean=stats["mean"].flatten().tolist(), std=stats["std"].flatten().tolist())
     if file.is_file():
         stored = read_checkpoint(file)
@@ -1013,10 +1012,10 @@ def load_run(out, parts):
     state = read_checkpoint(out)
     try:
         for name, part in parts.items():
-            if state[name]:  # without fp16 the scaler's is empty
+            if name != "scaler" or state[name]:  # without fp16 it is empty
                 part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
+        fail(f"--resume: {out}/last.pt is of another network, or no last.pt ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
         for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -1028,15 +1027,17 @@ class Log:
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
         os.makedirs(args.out, exist_ok=True)
-        for half_written in Path(args.out).glob("*.tmp"):  # by a killed job
+        for half_written in Path(args.out).glob("*.pt.*.tmp"):  # by a killed job
             half_written.unlink()
         self.job, self.args_file = uuid.uuid4().hex, Path(args.out, "args.json")
         self.args_file.write_text(json.dumps({**vars(args), "job": self.job}, indent=2))
         self.file = Path(args.out, "metrics.jsonl")
         lines = [json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__, **facts})]
         if step > 0 and self.file.is_file():  # steps after the last save are repeated
-            lines = self.file.read_text().splitlines()[: 1 + step // LOG_EVERY]
-        self.file.write_text("\n".join(lines) + "\n")
+            lines = self.file.read_text(errors="replace").splitlines()[: 1 + step // LOG_EVERY] or lines
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("\n".join(lines) + "\n")
+        os.replace(temporary, self.file)
         self.bar = tqdm(total=end, initial=step, unit="step")
         self.batch, self.step, self.time = args.batch, step, time.time()
 
@@ -1147,7 +1148,7 @@ def read_flags(parser, argv):
     if args.resume:
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
-            fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
+            fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py, not by this script")
         parser.set_defaults(**{**state["args"], "max_steps": None})  # a limit of that call only
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
@@ -1229,10 +1230,8 @@ def build_training(args, device):
 
 def check_data(args, images, classes):
     """Exit if the training data do not fit the flags or, on --resume, are not those of the run."""
-    if args.resume and len(images) != args.train_images:
-        fail(f"this run was trained on {args.train_images} images, the data set has {len(images)}")
-    if args.resume and classes != args.classes:
-        fail(f"this run was trained on other classes than those of {args.dataset}")
+    if args.resume and (len(images), classes) != (args.train_images, args.classes):
+        fail(f"this run was trained on {args.train_images} images, the data set has {len(images)}, or other classes")
     if args.cond and not classes:
         fail(f"--cond needs classes, and {args.dataset} has no folders train/<class>/")
     if len(images) < args.batch:
@@ -1331,15 +1330,15 @@ def main(args):
             stop = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
             logged = {name: mean_over_ranks(value).item() for name, value in logged.items()}
             if not all(math.isfinite(value) for value in logged.values()):
-                fail(f"training diverged at step {step}: lower --lr; {args.out}/last.pt is from before", status=1)
+                fail(f"training diverged at step {step}: lower --lr; last.pt, if any, is from before", status=1)
             if rank == 0:
                 if step % LOG_EVERY == 0:
                     log.write(step, {"epoch": epoch, "lr": lr, **logged})
+                if keep or step == end:
+                    save_grid(args, average.net, diffusion, device, epoch)
                 if keep or stop or step == end or time.time() > next_save:
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
-                if keep or step == end:
-                    save_grid(args, average.net, diffusion, device, epoch)
 
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297

@@ -68,7 +68,7 @@ LAYERS = {("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "o
 FORMULATIONS = {"ddpm": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 11},
                 "edm": {"dropout": 0.13, "ema": 0.9993, "warmup": 200, "cl_t": 0.06},
                 "rf": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 0.06}}
-PAPER = {"epochs": 2000, "lr": 4e-4, "cooldown": 0.0, "cl_hidden": 4096}  # [P] Tab. 11; [MoCo]
+PAPER = {"epochs": 2000, "lr": 4e-4, "cooldown": 0.0, "cl_hidden": 4096}  # [P] Tab. 11
 BATCH = {"ddpm": 512, "ddpmpp": 256}
 TINY = {"epochs": 5, "batch": 32, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512, "dropout": 0.0}
 NEW_WEIGHTS = ("self_cond.", "time_emb.aug_emb.")  # what [P] adds to the official networks
@@ -193,7 +193,7 @@ class UNet(nn.Module):
         res1, res2 = ResBlock(c, c, emb_dim, dropout), ResBlock(c, c, emb_dim, dropout)
         self.middle = nn.ModuleDict({"res1": res1, "attn": Attention(c), "res2": res2})
         # Decoder, back from the lowest resolution.
-        self.up_names, widths = [], {}  # of self.up's blocks, None: it doubles the side; channels by name
+        self.up_names, widths = [], {}  # names in self.up, None: upsampling; channels
         for i in reversed(range(len(mult))):
             side, c_out = resolution // 2**i, mult[i] * width
             for _ in range(blocks + 1):
@@ -381,7 +381,7 @@ class Uncertainty(nn.Module):
 
     def forward(self, t):
         features = math.sqrt(2) * torch.cos(t[:, None] * self.freqs + self.phases)  # (B, width)
-        return self.linear(features)[:, 0]  # (B,)
+        return self.linear(features)[:, 0]
 
 class EDM(Formulation):
     """A level is a sigma, of noise; a denoiser D(x; sigma) around the network predicts x0. [EDM] Tab. 1, [P] Tab. 8"""
@@ -391,7 +391,7 @@ class EDM(Formulation):
 
     def __init__(self, uncertainty=False):
         super().__init__()
-        self.uncertainty = Uncertainty() if uncertainty else None  # weights the loss, [P] App. A
+        self.uncertainty = Uncertainty() if uncertainty else None  # [P] App. A
 
     def check_level(self, level):
         """Raise ValueError unless `level` is a sigma that the network has learned."""
@@ -979,10 +979,10 @@ def load_run(out, parts):
     state = read_checkpoint(out)
     try:
         for name, part in parts.items():
-            if state[name]:  # without fp16 the scaler's is empty
+            if name != "scaler" or state[name]:  # without fp16 it is empty
                 part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"--resume: {out}/last.pt holds another network ({str(error).splitlines()[-1].strip()})")
+        fail(f"--resume: {out}/last.pt is of another network, or no last.pt ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
         for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -994,15 +994,17 @@ class Log:
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
         os.makedirs(args.out, exist_ok=True)
-        for half_written in Path(args.out).glob("*.tmp"):  # by a killed job
+        for half_written in Path(args.out).glob("*.pt.*.tmp"):  # by a killed job
             half_written.unlink()
         self.job, self.args_file = uuid.uuid4().hex, Path(args.out, "args.json")
         self.args_file.write_text(json.dumps({**vars(args), "job": self.job}, indent=2))
         self.file = Path(args.out, "metrics.jsonl")
         lines = [json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__, **facts})]
         if step > 0 and self.file.is_file():  # steps after the last save are repeated
-            lines = self.file.read_text().splitlines()[: 1 + step // LOG_EVERY]
-        self.file.write_text("\n".join(lines) + "\n")
+            lines = self.file.read_text(errors="replace").splitlines()[: 1 + step // LOG_EVERY] or lines
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("\n".join(lines) + "\n")
+        os.replace(temporary, self.file)
         self.bar = tqdm(total=end, initial=step, unit="step")
         self.batch, self.step, self.time = args.batch, step, time.time()
 
@@ -1101,7 +1103,7 @@ def read_flags(parser, argv):
     if args.resume:
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
-            fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py")
+            fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py, not by this script")
         parser.set_defaults(**{**state["args"], "max_steps": None})  # a limit of that call only
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
@@ -1182,10 +1184,8 @@ def build_training(args, device):
 
 def check_data(args, images, classes):
     """Exit if the training data do not fit the flags or, on --resume, are not those of the run."""
-    if args.resume and len(images) != args.train_images:
-        fail(f"this run was trained on {args.train_images} images, the data set has {len(images)}")
-    if args.resume and classes != args.classes:
-        fail(f"this run was trained on other classes than those of {args.dataset}")
+    if args.resume and (len(images), classes) != (args.train_images, args.classes):
+        fail(f"this run was trained on {args.train_images} images, the data set has {len(images)}, or other classes")
     if args.cond and not classes:
         fail(f"--cond needs classes, and {args.dataset} has no folders train/<class>/")
     if len(images) < args.batch:
@@ -1284,15 +1284,15 @@ def main(args):
             stop = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
             logged = {name: mean_over_ranks(value).item() for name, value in logged.items()}
             if not all(math.isfinite(value) for value in logged.values()):
-                fail(f"training diverged at step {step}: lower --lr; {args.out}/last.pt is from before", status=1)
+                fail(f"training diverged at step {step}: lower --lr; last.pt, if any, is from before", status=1)
             if rank == 0:
                 if step % LOG_EVERY == 0:
                     log.write(step, {"epoch": epoch, "lr": lr, **logged})
+                if keep or step == end:
+                    save_grid(args, average.net, diffusion, device, epoch)
                 if keep or stop or step == end or time.time() > next_save:
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
-                if keep or step == end:
-                    save_grid(args, average.net, diffusion, device, epoch)
 
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297

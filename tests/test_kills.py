@@ -1,415 +1,259 @@
-"""Killed at any moment and resumed, a run ends as if nothing had been: weights, epoch files and metrics.jsonl.
+"""Killed at any moment, or told to stop, and typed again, a run ends as if nothing had been.
 
-20 kills, DDAE_KILLS=200 for more: of jobs of one rank and of two, which are forked from one process that has imported
-all, as torchrun would start them. What torchrun itself does is tested with torchrun.
+Its weights, epoch files and metrics.jsonl are compared with an unbroken run's, bit for bit. Jobs of one rank and of two
+are forked, as torchrun would start them, from one process that has imported all; the last test is torchrun's own.
 """
 
-import contextlib
+import functools
+import io
+import itertools
 import json
+import multiprocessing
 import os
-import random
 import re
-import resource
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
+from collections import namedtuple
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, check_same, load, shrink
-from PIL import Image
+from test_data import make_folder
 
-FLAGS = {"train_unet": ["--backbone", "tiny", "--model", "edm", "--self-cond", "--cl", "0.01"],
-         "train_uvit": ["--size", "tiny", "--cls-token"],
-         "train_dit": ["--size", "tiny", "--self-cond", "--cond"]}  # fmt: skip
-RUN = ["--dataset", "shapes", "--batch", "8", "--epochs", "3", "--save-every", "1", "--out", "run"]  # 24 steps
-JOBS = [(name, ranks) for name in FLAGS for ranks in (1, 2)]
-MOMENTS = ("save", "step", "file", "step", "save", "time")
-WAYS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
-ENDS_IN = 30  # seconds for a rank to notice that the others are gone
+import train_dit
+import train_unet
+import train_uvit
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and GLOO_SOCKET_IFNAME=lo")
+SCRIPTS = {"unet": train_unet, "uvit": train_uvit, "dit": train_dit}
+FLAGS = {"unet": ["--backbone", "tiny", "--model", "edm", "--self-cond"], "uvit": ["--size", "tiny", "--cls-token"],
+         "dit": ["--size", "tiny", "--self-cond", "--cond", "--cl", "0.01"]}  # fmt: skip
+RUN = ["--dataset", "shapes", "--batch", "8", "--epochs", "3", "--save-every", "1", "--device", "cpu", "--out", "run"]
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
-def small(name):
-    """The script, shrunk, and its tiny network once more."""
-    module = __import__(name)
-    vars(module).update(shrink(module))
-    module.TINY["cl_hidden"] = 32
-    if name == "train_unet":
-        module.BACKBONES["tiny"]["mult"] = (1, 1, 1)
-    else:
-        module.SIZES["tiny"] = (32, 6, 2) if name == "train_dit" else (32, 5, 2)
-    return module
+# What happens to a rank right before the n-th call of a function: a signal, an error, a pause, or (half) SIGKILL when
+# half is written. A run has 24 steps and saves at every second; the fourth torch.save is that of epoch_0001.pt.
+Moment = namedtuple("Moment", "call n act rank", defaults=("SIGKILL", 0))
+STEP, SAVE, RENAME, TEXT = "utils.clip_grad_norm_", "torch.save", "os.replace", "path.write_text"
 
 
-def prepare(name):
-    """The script, shrunk: every second step has a line, and a minute passes in 0.1 s, so that it saves by time."""
-    module = small(name)
-    module.LOG_EVERY = 2
-    clock = {k: getattr(time, k) for k in dir(time) if not k.startswith("__")}
-    module.time = SimpleNamespace(**clock | {k: lambda f=clock[k]: 600 * f() for k in ("time", "monotonic")})
-    return module
+# ---- jobs: in the child
+def prepare(name, saves):
+    """The script and its tiny network, shrunk: every second step has a line and, if asked for, a last.pt."""
+    script = SCRIPTS[name]
+    vars(script).update(shrink(script) | {"LOG_EVERY": 2})
+    script.TINY["cl_hidden"] = 32
+    train_unet.BACKBONES["tiny"]["mult"] = (1, 1, 1)
+    train_uvit.SIZES["tiny"], train_dit.SIZES["tiny"] = (32, 5, 2), (32, 6, 2)
+    if saves:  # as each look at the clock finds it 1000 seconds later
+        script.time = SimpleNamespace(time=itertools.count(0, 1000).__next__)
+    return script
 
 
-class Job:
-    """A script's ranks, each in a process of its own. doom(event, path) is told of the first one's file operations."""
+def arm(script, moment):
+    """Let the moment come."""
+    owner, name = moment.call.split(".")
+    owner = {"script": script, "utils": torch.nn.utils, "torch": torch, "os": os, "path": Path}[owner]
+    call, calls = getattr(owner, name), itertools.count(1)
 
-    def __init__(self, module, ranks, here, argv, doom=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        self.pids, self.status, self.here = [], {}, here
-        here.mkdir(exist_ok=True)
-        for rank in range(ranks):
-            child = os.fork()
-            if not child:
-                where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                os.environ.update(where | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {})
-                self.child(module, argv, doom if rank == 0 else None, here, here / f"said{rank}")
-            self.pids.append(child)
+    def armed(*args, **kw):
+        if next(calls) == moment.n:
+            if moment.act == "error":
+                raise RuntimeError("out of luck")
+            if moment.act == "wait":  # until the test goes on
+                Path("waits").touch()
+                while not Path("go").exists():
+                    time.sleep(0.01)
+            if moment.act == "half" and moment.call == SAVE:
+                call(args[0], whole := io.BytesIO())
+                args[1].write(whole.getvalue()[: whole.tell() // 2])
+                args[1].flush()
+            if moment.act == "half" and moment.call == TEXT:
+                call(args[0], args[1][: len(args[1]) // 2])
+            if moment.act != "wait":
+                os.kill(os.getpid(), getattr(signal, moment.act, signal.SIGKILL))
+        return call(*args, **kw)
 
-    def child(self, module, argv, doom, here, said):
-        status = 99
-        try:
-            os.chdir(here)
-            for number in (1, 2):
-                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            if doom:
-                files = ("open", "os.rename")
-                sys.addaudithook(lambda event, about: doom(event, str(about[0])) if event in files else None)
-            module.main(module.parse_args(argv))
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            status = 1
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    def poll(self):
-        """True while a rank runs."""
-        for pid in set(self.pids) - self.status.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self.status[pid] = os.waitstatus_to_exitcode(status)
-        return len(self.status) < len(self.pids)
-
-    def running(self):
-        return self.poll() and not self.status
-
-    def kill(self, way, only=None):
-        for pid in self.pids if only is None else [self.pids[only]]:
-            if pid not in self.status:
-                os.kill(pid, way)
-
-    def wait(self, seconds):
-        """Statuses in order of ranks, once all have ended; a rank that does not end is an error.
-
-        One whose store died with rank 0 before it had joined would look for it for hours: torchrun, which has the store
-        and ends the others of a rank that died, is played at the end.
-        """
-        for end in (time.time() + seconds, time.time() + seconds + 10):
-            while self.poll() and time.time() < end:
-                time.sleep(0.002)
-            if self.status:
-                self.kill(signal.SIGTERM)
-        left = [pid for pid in self.pids if pid not in self.status]
-        self.kill(signal.SIGKILL)
-        assert not left, f"{len(left)} of {len(self.pids)} ranks did not end in {seconds} s: {self.said()}"
-        return [self.status[pid] for pid in self.pids]
-
-    def said(self):
-        return [path.read_text(errors="replace")[-1500:] for path in sorted(self.here.glob("said*"))]
+    setattr(owner, name, armed)
 
 
-def doomed(rng, moment):
-    """A hook that ends its process at some file operation of the run, or a few milliseconds later, as SIGKILL would."""
-    count, delay = rng.randrange(1, 25 if moment == "file" else 7), rng.choice([0, 0, rng.uniform(1e-4, 0.03)])
-    seen = []
-
-    def doom(event, path):
-        if path.startswith(("run/", os.getcwd())) and (moment == "file" or path.endswith(".tmp")):
-            seen.append(path)
-            if len(seen) == count and not delay:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if len(seen) == count:
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, delay)
-
-    return doom
+def run_rank(rank, name, ranks, port, here, argv, moment, ignored):
+    """One rank of a job in the folder `here`, in this process."""
+    os.chdir(here)
+    said = os.open(f"said{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in where.items()} if ranks > 1 else {})
+    for signum in SIGNALS:
+        signal.signal(getattr(signal, signum), signal.SIG_IGN if signum == ignored else signal.SIG_DFL)
+    script = prepare(name, saves=moment is None or moment.act not in SIGNALS)
+    if moment and moment.rank == rank:
+        arm(script, moment)
+    script.main(script.parse_args(argv))
 
 
-def attempt(rng, module, ranks, here, moment, way):
-    """Start or resume the run in here/run and kill it at the moment: the ways in which its ranks ended."""
-    argv = [*FLAGS[module.__name__], *RUN, *(["--resume"] if (here / "run/last.pt").is_file() else [])]
-    if moment in ("save", "file"):
-        return Job(module, ranks, here, argv, doomed(rng, moment)).wait(60)
-    job, file = Job(module, ranks, here, argv), here / "run/metrics.jsonl"
-    before = file.read_bytes().count(b"\n") if file.is_file() else 0
-    lines, end = before + rng.randrange(0, 5), time.time() + rng.uniform(0.05, 1.5) * (1 if moment == "time" else 99)
-    while job.running() and time.time() < end:
-        if moment == "step" and file.is_file() and file.read_bytes().count(b"\n") > lines:
-            break
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.03))
-    job.kill(way, only=rng.choice([None, rng.randrange(ranks)]))
-    return job.wait(ENDS_IN)
+# ---- jobs: in the test
+@pytest.fixture(scope="module")
+def forks():
+    """Makes processes that need not import torch."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        context.set_forkserver_preload(["test_kills"])
+        forkserver.ensure_running()
+    return context
 
 
-def finish(module, ranks, here):
-    """Go on until done, without a kill."""
-    argv = [*FLAGS[module.__name__], *RUN, *(["--resume"] if (here / "run/last.pt").is_file() else [])]
-    job = Job(module, ranks, here, argv)
-    assert set(job.wait(120)) == {0}, job.said()
+def start(forks, here, name, ranks=1, moment=None, extra=None, ignored=None):
+    """Type the command, by default with --resume if there is something to resume: the processes."""
+    resume = ["--resume"] if (here / "run/last.pt").is_file() else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [*FLAGS[name], *RUN, *(resume if extra is None else extra)]
+    about = name, ranks, port, here, argv, moment, ignored
+    job = [forks.Process(target=run_rank, args=(rank, *about)) for rank in range(ranks)]
+    for process in job:
+        process.start()
+    return job
+
+
+def wait(job):
+    """Exit statuses of the ranks; those that outlive a killed one by a second are killed, as by torchrun."""
+    running, seconds = job, 100
+    while running:
+        if not connection.wait([process.sentinel for process in running], seconds):
+            for process in running:
+                process.kill()
+        running = [process for process in running if process.exitcode is None]
+        seconds = 1 if any((process.exitcode or 0) < 0 for process in job) else 100
+    return [process.exitcode for process in job]
+
+
+def said(here):
+    return "\n".join(path.read_text() for path in sorted(here.glob("said*")))
+
+
+@pytest.fixture(scope="module")
+def unbroken(forks, tmp_path_factory):
+    """The folder of an unbroken run, which is made once."""
+
+    @functools.cache
+    def make(name, ranks):
+        here = tmp_path_factory.mktemp(name)
+        assert wait(start(forks, here, name, ranks)) == [0] * ranks, said(here)
+        return here
+
+    return make
 
 
 def check_equal(whole, parts):
     """Two finished runs: the same files, and the same in them."""
     a, b = whole / "run", parts / "run"
-    names = sorted(p.name for p in a.iterdir() if not p.name.startswith("."))
-    assert names == sorted(p.name for p in b.iterdir() if not p.name.startswith("."))
-    assert len([n for n in names if n.startswith("epoch_")]) == 3 and "last.pt" in names
-    for name in names:
-        if name.endswith(".pt"):
-            check_same(*({k: v for k, v in load(run, name).items() if k != "args"} for run in (a, b)), name)
+    names = sorted(path.name for path in a.iterdir())
+    assert names == ["args.json", *(f"epoch_000{i}.pt" for i in (1, 2, 3)), "last.pt", "metrics.jsonl"]
+    assert names == sorted(path.name for path in b.iterdir())
+    for name in names[1:5]:
+        check_same(*({k: v for k, v in load(run, name).items() if k != "args"} for run in (a, b)), name)
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
-    assert [line.pop("img_per_s") > 0 for part in lines for line in part[1:]]
-    steps = [[line["step"] for line in part] for part in lines]
-    assert steps == [list(range(0, 25, 2))] * 2, steps
-    assert [Path(part[0]["args"].pop("data")).name for part in lines] == ["data"] * 2 and lines[0] == lines[1]
+    assert all(line.pop("img_per_s") > 0 for part in lines for line in part[1:])
+    for part in lines:
+        part[0]["args"].pop("data")
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(0, 25, 2))
 
 
-def killed_runs(n, home):
-    """n kills over all JOBS, each followed by a resume; what was wrong, as text."""
-    wrong = []
-    for number, (name, ranks) in enumerate(JOBS):
-        module, rng, whole = prepare(name), random.Random(number), home / f"{name}{ranks}"
-        finish(module, ranks, whole)
-        kills, runs, here = 0, 0, None
-        want = (n + number) // len(JOBS)  # n in all
-        while kills < want:
-            here = here or home / f"{name}{ranks}_{runs}"
-            moment, way = MOMENTS[(kills + runs) % len(MOMENTS)], rng.choice(WAYS)
-            what = f"{name}, {ranks} ranks, run {runs}, kill {kills}, {moment}, {way.name}"
-            try:
-                ends = attempt(rng, module, ranks, here, moment, way)
-                kills += set(ends) != {0}
-                done = set(ends) == {0} or kills == want or rng.random() < 0.2
-                said = Job.said(SimpleNamespace(here=here))
-                assert not set(ends) & {2, 99, 1 if ranks == 1 else 2}, f"{ends}: {said}"
-                if done:
-                    finish(module, ranks, here)
-                    check_equal(whole, here)
-            except AssertionError as error:
-                wrong.append(f"{what}: {str(error)[:1500]}")
-                done, kills = True, kills + 1
-            print(what, file=sys.stderr, flush=True)
-            if done:
-                shutil.rmtree(here, ignore_errors=True)
-                here, runs = None, runs + 1
-    return wrong
+def finish(forks, unbroken, here, name, ranks=1):
+    """Type the command once more: it ends, as an unbroken run."""
+    assert wait(start(forks, here, name, ranks)) == [0] * ranks, said(here)
+    check_equal(unbroken(name, ranks), here)
 
 
-# ---- what a job meets on its way
-def second_job(home):
-    """While a job runs another with the same --out is refused, before the first save and after it; nobody is hurt."""
-    module, here, whole = prepare("train_uvit"), home / "two", home / "one"
-    finish(module, 1, whole)
-    module.time = time  # the first save comes with the first epoch
-    argv, run = [*FLAGS["train_uvit"], *RUN], here / "run"
-    first = Job(module, 1, here, argv)
-    try:
-        for extra, sign in (([], "metrics.jsonl"), (["--resume"], "last.pt")):
-            while first.running() and not (run / sign).is_file():
-                time.sleep(0.002)
-            os.kill(first.pids[0], signal.SIGSTOP)  # it waits for the other
-            second = Job(module, 1, here, [*argv, *extra])
-            (status,), (said,) = second.wait(60), second.said()
-            assert status == 2 and len(re.findall("^error: .*run", said, re.MULTILINE)) == 1, (extra, status, said)
-            os.kill(first.pids[0], signal.SIGCONT)
-    finally:
-        first.kill(signal.SIGCONT)
-    assert first.wait(60) == [0]
-    check_equal(whole, here)
+# ---- kills
+KILLS = {
+    "nothing saved: in the first step": ("dit", 2, Moment(STEP, 1)),
+    "nothing saved: an error": ("dit", 1, Moment(STEP, 1, "error")),
+    "nothing saved: args.json without metrics.jsonl": ("unet", 1, Moment(TEXT, 2)),
+    "nothing saved: half of the first last.pt": ("unet", 1, Moment(SAVE, 1, "half")),
+    "half of last.pt, then half of epoch_0002.pt": ("dit", 2, Moment(SAVE, 3, "half"), Moment(SAVE, 7, "half")),
+    "last.pt written and not renamed": ("uvit", 1, Moment(RENAME, 7)),
+    "epoch_0001.pt is new, last.pt is not": ("dit", 1, Moment(SAVE, 5)),
+    "in a step, by another rank": ("dit", 2, Moment(STEP, 13, rank=1)),
+    "weights are updated, their average is not": ("unet", 1, Moment("script.get_ema_multi_avg_fn", 17)),
+    "all is saved, but the run has not ended": ("uvit", 1, Moment("script.save_grid", 3)),
+    "in a step, then while metrics.jsonl is written": ("uvit", 1, Moment(STEP, 12), Moment(TEXT, 2, "half")),
+}
 
 
-def lock_dies(home):
-    """A job that was killed leaves no lock behind."""
-    module, here = prepare("train_uvit"), home / "lock"
-    job, file = Job(module, 2, here, [*FLAGS["train_uvit"], *RUN]), here / "run/metrics.jsonl"
-    while job.running() and not file.is_file():
-        time.sleep(0.002)
-    job.kill(signal.SIGKILL)
-    job.wait(10)
-    finish(module, 2, here)
+@pytest.mark.parametrize("case", KILLS)
+def test_a_killed_run_ends_as_an_unbroken_one(case, forks, unbroken, tmp_path):
+    name, ranks, *moments = KILLS[case]
+    for moment in moments:
+        status = wait(start(forks, tmp_path, name, ranks, moment))[moment.rank]
+        assert status == (1 if moment.act == "error" else -signal.SIGKILL), said(tmp_path)
+        assert (tmp_path / "run/last.pt").exists() != ("nothing saved" in case)
+        assert [*tmp_path.glob("run/*.tmp")] or moment.call not in (SAVE, RENAME)  # the next start clears them
+    finish(forks, unbroken, tmp_path, name, ranks)
 
 
-def stale_files(home):
-    """What a killed job left half written, in its run and in the cache of images, is gone once the next one is done."""
-    module, here = prepare("train_uvit"), home / "stale"
-    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
-        path = here / "pics/train" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), "red").save(path)
-    argv = [*FLAGS["train_uvit"], "--dataset", "pics", "--data", ".", "--resolution", "16", "--batch", "4"]
-    argv += ["--out", "run"]
-    ended = Job(module, 1, here, argv, lambda event, path: event == "os.rename" and os._exit(9))
-    assert ended.wait(60) == [9]
-    left = [*here.rglob("*.tmp")]
-    assert left  # of the cache
-    (here / "run").mkdir(exist_ok=True)
-    for path in [*left, here / "run/last.pt.tmp", here / "run/epoch_0001.pt.tmp"]:
-        path.write_bytes(b"half")
-        os.utime(path, (time.time() - 2 * 86400,) * 2)  # and nobody has written to it for days
-    job = Job(module, 1, here, [*argv, "--epochs", "1", "--save-every", "9", "--max-steps", "1"])
-    assert job.wait(60) == [0], job.said()
-    assert not [*here.rglob("*.tmp")]
+# ---- signals
+@pytest.mark.parametrize(("name", "ranks", "way"), [*(("uvit", 1, way) for way in SIGNALS), ("dit", 2, "SIGTERM")])
+def test_a_stopped_run_saves_its_step_and_goes_on(name, ranks, way, forks, unbroken, tmp_path):
+    """A single process ends with the step; ranks agree where the next line is due, which rank ever has the signal."""
+    statuses = wait(start(forks, tmp_path, name, ranks, Moment(STEP, 5, way, rank=ranks - 1)))
+    assert statuses == [128 + getattr(signal, way)] * ranks, said(tmp_path)
+    assert load(tmp_path / "run")["step"] == (5 if ranks == 1 else 6) and "add --resume" in said(tmp_path)
+    finish(forks, unbroken, tmp_path, name, ranks)
 
 
-def campaign(what, n):
-    """Run a function above in this process, which forks; what was wrong goes to stdout."""
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with tempfile.TemporaryDirectory() as tmp:
-        if what == "kills":
-            print(json.dumps(killed_runs(n, Path(tmp))))
-        else:
-            globals()[what](Path(tmp))
+def test_a_sighup_that_is_ignored_as_by_nohup_stops_nothing(forks, unbroken, tmp_path):
+    assert wait(start(forks, tmp_path, "uvit", 1, Moment(STEP, 5, "SIGHUP"), ignored="SIGHUP")) == [0], said(tmp_path)
+    check_equal(unbroken("uvit", 1), tmp_path)
 
 
-def python(*argv):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, __file__, *argv]
-    return subprocess.run(command, env=env | {"PYTHONPATH": path}, capture_output=True, text=True)
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and GLOO_SOCKET_IFNAME=lo")
-
-
-@linux
-def test_killed_runs_end_as_unbroken_ones():
-    n = int(os.environ.get("DDAE_KILLS", 20))
-    done = python("kills", str(n))
-    assert done.returncode == 0, done.stderr[-3000:]
-    wrong = json.loads(done.stdout.splitlines()[-1])
-    assert not wrong, f"{len(wrong)} of {n} kills:\n" + "\n".join(wrong)
-
-
-@linux
-@pytest.mark.parametrize("what", ["second_job", "lock_dies", "stale_files"])
-def test_two_jobs_and_leftovers(what):
-    done = python(what, "0")
-    assert done.returncode == 0, done.stderr[-3000:]
+# ---- two jobs in one folder
+@pytest.mark.parametrize(("step", "extra", "ends"), [(1, [], [2, 0]), (5, ["--resume"], [2, 0]), (5, [], [0, 2])])
+def test_of_two_jobs_in_one_folder_one_trains_to_the_end(step, extra, ends, forks, unbroken, tmp_path):
+    """The one that was started last, if it could start: a folder that holds a run takes --resume."""
+    first = start(forks, tmp_path, "uvit", 1, Moment(STEP, step, "wait"))
+    while first[0].is_alive() and not (tmp_path / "waits").exists():
+        time.sleep(0.01)
+    named = (tmp_path / "run/args.json").read_text()
+    second = start(forks, tmp_path, "uvit", extra=extra)
+    while second[0].is_alive() and (tmp_path / "run/args.json").read_text() in ("", named):
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    assert wait(first) + wait(second) == ends, said(tmp_path)
+    errors = re.findall("^error: (.*)", said(tmp_path), re.MULTILINE)
+    says = "another job has been started in run" if ends[0] else "run already holds a run: add --resume"
+    assert len(errors) == 1 and says in errors[0] and "Traceback" not in said(tmp_path)
+    check_equal(unbroken("uvit", 1), tmp_path)
 
 
 # ---- torchrun
-@contextlib.contextmanager
-def torchrun(tmp_path, *flags, first=""):
-    """train_uvit.py on two ranks, 10 000 steps unless flags say otherwise: the launcher; nothing stays behind.
-
-    first: Python that changes the script, s.
-    """
-    start = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import conftest, train_uvit as s"
-    body = "import ast, pathlib; end = ast.parse(pathlib.Path(s.__file__).read_text()).body[-1:]"
-    call = "exec(compile(ast.Module(end, []), 's', 'exec'), vars(s) | {'__name__': '__main__'})"
-    program = ["-c", f"{start}; vars(s).update(conftest.shrink(s)); {first}\n{body}; {call}"]
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", sys.executable]
-    argv = ["--size", "tiny", "--dataset", "shapes", "--batch", "8", "--epochs", "1250", "--out", "run", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDAE_JOB": str(tmp_path)}
-    with open(tmp_path / "err", "w") as err:
-        command = [sys.executable, *ranks, *program, *argv]
-        job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=err, stdout=subprocess.DEVNULL)
-    try:
-        yield job
-    finally:
-        for pid in running(tmp_path):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        job.wait()
-
-
-def running(tmp_path):
-    """The processes of a job, launcher and ranks."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # of others, or gone; a zombie's is empty
-            found += [int(path.parent.name)] * (f"DDAE_JOB={tmp_path}\0".encode() in path.read_bytes())
-    return found
-
-
-@linux
-@pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_ranks_end_with_their_launcher(tmp_path, way):
-    """SIGTERM: they finish the step and save. SIGKILL: they end within a minute, and what they saved is whole."""
-    with torchrun(tmp_path) as job:
-        file, end = tmp_path / "run/metrics.jsonl", time.time() + 60
-        while not (file.is_file() and file.read_bytes().count(b"\n") > 3):
-            assert time.time() < end and job.poll() is None, (tmp_path / "err").read_text()[-2000:]
-            time.sleep(0.05)
-        assert len(running(tmp_path)) == 3
-        job.send_signal(way)
-        job.wait(60)
-        end = time.time() + (5 if way == signal.SIGTERM else 60)
-        while running(tmp_path) and time.time() < end:
-            time.sleep(0.1)
-        assert not running(tmp_path)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert load(tmp_path / "run")["step"] == lines[-1]["step"] >= 3
-
-
-@linux
-def test_ranks_end_with_a_launcher_that_dies_while_data_are_read(tmp_path):
-    """When the loop begins their parent is another process already."""
-    slow = "lambda *args, load=s.load_data: (open(s.os.environ['RANK'], 'w'), s.time.sleep(4), load(*args))[2]"
-    with torchrun(tmp_path, first=f"s.load_data = {slow}") as job:
-        while not all((tmp_path / rank).exists() for rank in "01"):
-            assert job.poll() is None, (tmp_path / "err").read_text()[-2000:]
-            time.sleep(0.1)
-        job.kill()
-        job.wait()
-        end = time.time() + 60
-        while running(tmp_path) and time.time() < end:
-            time.sleep(0.1)
-        assert not running(tmp_path)
-    assert load(tmp_path / "run")["step"] == 1
-
-
-@linux
-@pytest.mark.parametrize(
-    ("says", "first"),
-    [("training diverged", "s.learning_rate = lambda *_: float('nan')"),
-     ("disk full", "s.save_checkpoint = lambda *_: (_ for _ in ()).throw(OSError('disk full'))")],
-)  # fmt: skip
-def test_an_error_in_the_loop_is_told_once(tmp_path, says, first):
-    """Of all ranks or of rank 0: the others wait for the launcher's SIGTERM, which ends them."""
-    with torchrun(tmp_path, "--save-every", "1", first=first) as job:
-        assert job.wait(120)
-    said = (tmp_path / "err").read_text()
-    assert said.count("error: ") == 1 and says in said and "RuntimeError" not in said, said
-
-
-@linux
-@pytest.mark.parametrize("flags", ["--out err", "--batch 7", "--dataset nowhere"])
-def test_a_mistake_is_told_once_by_all_ranks(tmp_path, flags):
-    """One line is ours; what follows the launcher's first line is its own."""
-    with torchrun(tmp_path, *flags.split()) as job:
-        assert job.wait(120)
-    said = (tmp_path / "err").read_text()
-    ours = re.sub(r"^[WEI]\d{4} .*torch/distributed/elastic.*(.|\n)*", "", said, flags=re.MULTILINE)
-    ours = [line for line in ours.splitlines() if line and not re.match(r"\*{9}|Setting OMP_|usage: | {4}", line)]
-    assert len(ours) == 1 and re.match(r"(\S+: )?error: ", ours[0]), said
-    assert "[rank" not in said and said.count("error: ") == 1
-
-
-if __name__ == "__main__":
-    campaign(sys.argv[1], int(sys.argv[2]))
+def test_torchrun_passes_sigterm_on_and_the_run_resumes(tmp_path):
+    make_folder(tmp_path, n=8)
+    out, log = tmp_path / "run", open(tmp_path / "said", "w")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_uvit.py"]
+    command += ["--size", "tiny", "--dataset", "mine", "--data", str(tmp_path), "--resolution", "8", "--batch", "8"]
+    command += ["--epochs", "9999", "--device", "cpu", "--out", str(out)]
+    file, kw = out / "metrics.jsonl", {"cwd": ROOT, "stdout": log, "stderr": log}
+    with log, subprocess.Popen(command, **kw) as job:
+        try:
+            while not (file.is_file() and file.read_text().count("\n") > 2):
+                assert job.poll() is None, said(tmp_path)
+                time.sleep(0.05)
+        finally:
+            job.terminate()
+        assert job.wait(120), said(tmp_path)
+        step = load(out)["step"]
+        assert step >= 20 and step % 10 == 0 and "add --resume" in said(tmp_path)
+        subprocess.run([*command, "--resume", "--max-steps", str(step + 10)], **kw, check=True, timeout=120)
+    lines = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert lines == list(range(0, step + 11, 10)) and load(out)["step"] == step + 10

@@ -176,7 +176,7 @@ def test_flags_in_a_file_that_are_not_its_networks(tmp_path, capsys):
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(SystemExit) as stop:
         T.main(T.parse_args(["--out", str(tmp_path), "--resume"]))
-    assert stop.value.code == 2 and "holds another network" in capsys.readouterr().err
+    assert stop.value.code == 2 and "of another network" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
@@ -341,7 +341,7 @@ def mistake(kind, tmp_path, monkeypatch):
         ("layer", "out_1, out_2"), ("level", "from 0 to 1000"), ("init-missing", "does not exist"),
         ("init-pickle", "cannot be read"), ("init-other", "does not fit"), ("init-more", "label_emb.weight"),
         ("resume-nothing", "does not exist"), ("resume-images", "trained on 64 images, the data set has 65"),
-        ("resume-with", "holds another network"), ("out-same", "--resume"), ("resume-cut", "cannot be read"),
+        ("resume-with", "of another network"), ("out-same", "--resume"), ("resume-cut", "cannot be read"),
         ("resume-classes", "other classes"), ("resume-script", "written by train_uvit.py"),
         ("resume-past", "past the end 0"), ("level-between", "whole steps"), ("batch-1", "two or more"),
     ],

@@ -355,7 +355,7 @@ def test_init_makes_a_checkpoint_of_public_weights(tmp_path):
         (["--resolution", "17"], "do not divide"), (["--layer", "out_7"], "in_1, in_2"),
         (["--cl-target", "cls"], "needs --cls-token"), (["--patch", "0"], "--patch must be above 0"),
         (["--cl-t", "0.06"], "whole steps"), (["--cl", "0.01", "--batch", "1"], "needs two or more"),
-        (["--cls-token", "--resume"], "holds another network"), (["--cond", "--resume"], "holds another network"),
+        (["--cls-token", "--resume"], "of another network"), (["--cond", "--resume"], "of another network"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys):
