@@ -181,7 +181,7 @@ class DiT(nn.Module):
         if classes:  # the last row is the null class
             self.y_embedder = nn.Sequential(OrderedDict(embedding_table=nn.Embedding(classes + 1, width)))
         self.pos_embed = nn.Parameter(grid_positions(width, side // patch), requires_grad=False)
-        self.feat_rope = Rotary(width // heads, side // patch)  # [LDiT]'s name, nothing to do with feat
+        self.feat_rope = Rotary(width // heads, side // patch)  # [LDiT]'s name
         self.blocks = nn.ModuleList(DiTBlock(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "norm_final": nn.RMSNorm(width, 1e-6), "linear": nn.Linear(width, patch**2 * channels),
@@ -194,7 +194,7 @@ class DiT(nn.Module):
         """Xavier's uniform, embeddings normal of std 0.02, modulations and output zero. UNSPECIFIED, as [DiT]."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: convolutions as linear maps
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view
                 nn.init.zeros_(module.bias)
         embeddings = [self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         if self.classes:
@@ -325,7 +325,7 @@ class LatentRF(nn.Module):
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()
-        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: v_hat starts at 0, where 1e-8 has huge gradients
+        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: at v_hat = 0, 1e-8 explodes
         cosine = (v_hat_unit * F.normalize(v, dim=1)).sum(1)  # (B, H, W)
         return F.mse_loss(v_hat, v) + (1 - cosine).mean(), (feat, e_t)
 
@@ -581,8 +581,7 @@ class VAEStage(nn.Module):
             conv = nn.Conv2d(c_out, c_out, 3, stride=2)
             self.downsample = nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
         if resample == "up":
-            nearest = nn.Upsample(scale_factor=2)
-            self.upsample = nn.Sequential(OrderedDict(nearest=nearest, conv=vae_conv(c_out, c_out)))
+            self.upsample = nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=vae_conv(c_out, c_out)))
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn, strict=True):
@@ -637,8 +636,6 @@ def load_vae(path, device):
 
 def vae_hash(path):
     """Tells VA-VAEs apart: sha256 of the file, 16 hexadecimal digits."""
-    if not os.path.isfile(path):
-        fail(f"--vae {path} does not exist")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 @torch.no_grad()
@@ -678,7 +675,7 @@ class Shards:
 def latents_meta(args, device):
     """What the latents of --cache-latents are: data, VA-VAE (its hash), mean and std, which are measured once."""
     file, root = Path(args.cache_latents, "meta.pt"), Path(args.data, args.dataset)
-    meta = {"dataset": args.dataset, "resolution": args.resolution, **args.latents}  # latents: of a resumed run
+    meta = {"dataset": args.dataset, "resolution": args.resolution, **args.latents}
     if os.path.isfile(args.vae or ""):
         meta["vae"] = vae_hash(args.vae)
     if args.latent_stats and not args.latents:
@@ -730,9 +727,7 @@ def make_shards(args, meta, shards, device):
         save_checkpoint(file, {"latents": x0, "labels": torch.tensor([label for _, label in part])})
 
 def load_latents(args, split):
-    """load_data from --cache-latents: normalised latents float16 (N, 2, z, h, w), of each image and its mirror image.
-    A shard that exists is finished; ranks make the missing ones in turn. Fills in args.latents, for build and decoder.
-    """
+    """load_data of latents, normalised, (N, 2, z, h, w): image and mirror image. A shard that exists is finished."""
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     with rank_zero_first():
         meta = latents_meta(args, device)

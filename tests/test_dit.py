@@ -572,7 +572,7 @@ def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
     cells = probe.main(probe.parse_args([*flags, "--json", str(tmp_path / "p.json")]))[0]["cells"]
     assert [c["layer"] for c in cells] == ["1", "2", "3", "4", "5", "6", "pixels"]
     torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
-    for wrong, says in ((tmp_path / "none.pt", "does not exist"), (cached[0] / "last.pt", "is not the file"),
+    for wrong, says in ((tmp_path / "none.pt", "No such file"), (cached[0] / "last.pt", "is not the file"),
                         (tmp_path / "other.pt", "is not the file")):  # fmt: skip
         with refused(capsys, says):
             sample.main(sample.parse_args([run, "--n", "1", "--steps", "1", "--vae", str(wrong)]))

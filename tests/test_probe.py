@@ -482,7 +482,7 @@ def test_edms_uncertainty_stays_out_of_the_heldout_loss(run, tmp_path):
     state = {"script": "train_unet", "args": vars(args), "ema": train_unet.build(args)[0].state_dict()}
     torch.save(state | {"epoch": 1, "step": 1}, tmp_path / "edm.pt")
     model = probe.load_checkpoint(tmp_path / "edm.pt")
-    nn.init.constant_(model.diffusion.uncertainty[2].bias, 3.0)
+    nn.init.constant_(model.diffusion.uncertainty.linear.weight, 3.0)
     flags = probe.parse_args([str(tmp_path / "edm.pt"), "--loss", "--amp", "off", "--t", "0.0020", "0.5"])
     result = probe.heldout_loss(model, flags, torch.device("cpu"))
     x0 = train_unet.load_data(args, "test")[0] / 127.5 - 1
