@@ -19,7 +19,6 @@ import contextlib
 import gc
 import importlib
 import json
-import signal
 import statistics
 import sys
 import tempfile
@@ -43,27 +42,32 @@ PAPER = {
 }
 
 
+def parse(script, flags):
+    """Its flags, with what it would learn from the data."""
+    args = script.parse_args(flags)
+    args.classes, args.latents = ["noise"], {"mean": [0.0] * 32}
+    return args
+
+
 def random_data(script, args, n):
     """What load_data returns: n images of noise."""
     with torch.device("meta"):
         shape = script.build(args)[0].shape
     if getattr(args, "cache_latents", None):
-        return torch.randn(n, 2, *shape).half(), torch.zeros(n, dtype=torch.long), ["noise"]
-    return torch.randint(256, (n, *shape)).byte(), torch.zeros(n, dtype=torch.long), ["noise"]
+        return torch.randn(n, 2, *shape).half(), torch.zeros(n, dtype=torch.long), args.classes
+    return torch.randint(256, (n, *shape)).byte(), torch.zeros(n, dtype=torch.long), args.classes
 
 
 def one_pass(script, args, n, backend=None):
     """The loss on n images, on the CPU, the teacher's pass included."""
     torch.manual_seed(0)
-    net, diffusion = script.build(args)
-    head = script.MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden) if args.cl > 0 else None
-    numbers = script.draw_numbers(n, net.shape, diffusion, torch.Generator().manual_seed(0))
-    view = script.make_view(*random_data(script, args, n)[:2], numbers, args)
+    objective = script.Objective(*script.build(args), args)
+    draws = script.draw_numbers(n, objective.net.shape, objective.diffusion, torch.Generator().manual_seed(0))
+    view = script.make_view(*random_data(script, args, n)[:2], draws, slice(n), args)
     if backend:
         torch.compiler.reset()
-        net.compile(backend=backend)
-    objective = script.Objective(net, diffusion, head, args.cl)
-    return objective(*view, script.teacher_key(objective, view, args.cl_t) if head else None)[0]
+        objective.net.compile(backend=backend)
+    return objective(**view, key=script.teacher_key(objective, view, args.cl_t) if args.cl > 0 else None)[0]
 
 
 def kept_bytes(script, args):
@@ -103,27 +107,26 @@ def train(script, flags, steps, each=lambda step: None):
         return rate(args, step, *rest)
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        args = script.parse_args([*flags, "--out", f"{out}/run", "--max-steps", str(steps)])
+        args = parse(script, [*flags, "--out", f"{out}/run", "--max-steps", str(steps)])
         data = random_data(script, args, 16 * args.batch)
         script.load_data = lambda *_: data
-        script.save_grid = script.save_run = lambda *args, **kwargs: None
+        script.save_grid = script.save_run = script.catch_stop_signals = lambda *args, **kwargs: []
         script.LOG_EVERY, script.learning_rate = max(1, steps // 8), watched
         if not cuda:
-            script.time = SimpleNamespace(time=time.thread_time, sleep=time.sleep)
+            script.time = SimpleNamespace(time=time.thread_time)
         script.main(args)
         script.learning_rate = rate
         lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # main had taken it
     peak = torch.cuda.max_memory_allocated() - data[0].nbytes if cuda else 0
     return statistics.median(line["img_per_s"] for line in lines if line["step"] > steps // 4), peak
 
 
 def time_runs(script, flags, steps, variants=([],), rounds=1):
     """Run the variants in turn and print a line for each, by its fastest run; returns the first one's peak memory."""
-    cuda = torch.cuda.is_available()
-    low = cuda or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")  # what --amp auto takes
-    size, dtype = 8192 if cuda else 2048, torch.bfloat16 if low else torch.float32
-    a = torch.randn(size, size, dtype=dtype, device="cuda" if cuda else "cpu")
+    cuda, device = torch.cuda.is_available(), script.setup_distributed("auto")[2]
+    size, dtypes = 8192 if cuda else 2048, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+    dtype = dtypes[script.choose_precision("auto", device)]
+    a = torch.randn(size, size, dtype=dtype, device=device)
     rate = 20 * size**3 / min(seconds(lambda: [a @ a for _ in range(10)])[0] for _ in range(3))
     a = None
     runs = [[] for _ in variants]
@@ -133,7 +136,7 @@ def time_runs(script, flags, steps, variants=([],), rounds=1):
             if n < rounds - 1:
                 continue
             (first, _), (speed, peak) = max(runs[0]), max(same)
-            args = script.parse_args([*flags, *variant])
+            args = parse(script, [*flags, *variant])
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 one_pass(script, args, 2).backward()
             flops = counter.get_total_flops() / 2 * speed
@@ -167,7 +170,6 @@ def time_tools(run):
             first = images if first is None else first
             print(f"sample.py, {amp or torch.float32}{', compiled' * compiled}: {len(rest) * sample.BLOCK / spent:.4g} "
                   f"img/s; pixels move by up to {(images - first).abs().max()} of 255", flush=True)  # fmt: skip
-
     levels = [f"{level:g}" for level in probe.GRIDS[model.args.model][1][:3]]
     with tempfile.TemporaryDirectory() as folder:
 
@@ -185,7 +187,6 @@ def time_tools(run):
             own += cell(*short, level) - idle
         print(f"probe.py: {' '.join(['a cell', *some])} {cell():.3g} s; a grid of all layers at {', '.join(levels)} "
               f"costs {grid / last:.2f} of three passes at the last layer, {grid / own:.2f} at {model.args.layer}")
-
         torch.save(fid.Inception().state_dict(), f"{folder}/random.pth")
         net, n = fid.load_inception(f"{folder}/random.pth", device), 10_000 if cuda else 64
         pixels, batch = torch.randint(256, (n, 3, 32, 32)).byte(), 250 if cuda else 32
@@ -210,11 +211,10 @@ def main():
         module, *own = (TINY | PAPER)[name].split()
         script, peak = importlib.import_module(module), None
         if cuda or name in TINY:
-            plus = "--cls-token" if "uvit" in module else "--self-cond"
-            variants = [], [plus], ["--cl", "0.01"], ["--amp", "off", "--no-compile"]
-            peak = time_runs(script, own, steps, variants, 1 if cuda else 5)
+            plus, eager = "--cls-token" if "uvit" in module else "--self-cond", ["--amp", "off", "--no-compile"]
+            peak = time_runs(script, own, steps, ([], [plus], ["--cl", "0.01"], eager), 1 if cuda else 5)
         if name in PAPER:
-            args = script.parse_args(own)  # weights, gradients, Adam's moments, average; bf16 copies
+            args = parse(script, own)  # weights, gradients, Adam's moments, average; bf16 copies
             fixed = 22 * sum(p.numel() for p in script.build(args)[0].parameters())
             total = args.accum * (peak - fixed) if peak else args.batch * kept_bytes(script, args)
             accum = [n for n in range(1, args.batch + 1) if args.batch % n == 0]

@@ -13,12 +13,10 @@ import os
 import statistics
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, Golden, check_equal_steps, draw, metrics, shrink
 from torch._dynamo.utils import counters
 
@@ -64,16 +62,11 @@ def setting(monkeypatch):
     torch.set_float32_matmul_precision(precision)
 
 
-def some_shapes(make, n, _, *rest):
-    """draw_shapes of n images, whatever is asked for."""
-    return make(n, *rest)
-
-
 @pytest.fixture
 def few(monkeypatch):
     """256 shapes for every script, a line of metrics per step, no pictures."""
     for script in (train_unet, train_uvit, train_dit):
-        monkeypatch.setattr(script, "draw_shapes", functools.partial(some_shapes, script.draw_shapes, 256))
+        monkeypatch.setattr(script, "draw_shapes", lambda n, *rest, make=script.draw_shapes: make(256, *rest))
         monkeypatch.setattr(script, "LOG_EVERY", 1)
         monkeypatch.setattr(script, "save_grid", lambda *_: None)
     monkeypatch.setitem(train_unet.TINY, "dropout", 0.13)  # through Inductor's random numbers
@@ -97,28 +90,7 @@ def relative(value, want, least=0.0):
     return ((value - want).norm() / want.norm().clamp(min=least)).nan_to_num(math.inf).item()
 
 
-def on_device(tensors):
-    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
-
-
 # ---- Compiled networks ------------------------------------------------------------------------------------
-def outputs_and_gradients(diffusion, net, encode, view, teacher, direction, autocast):
-    """({name: output}, {parameter: gradient}) of a loss that reads prediction and feature, and encode(*teacher)."""
-    seen = []
-
-    def recorded(*inputs, **kw):
-        seen.extend(net(*inputs, **kw))
-        return seen
-
-    with autocast:
-        with torch.no_grad():
-            key, _ = encode(*teacher)
-        loss, (feat, e_t) = diffusion.loss(recorded, *view)
-        (loss + (feat * direction).mean(1).sum()).backward()
-    outputs = {"key": key, "prediction": seen[0], "loss": loss, "feat": feat, "e_t": e_t}
-    return outputs, {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("name", BACKBONES)
 def test_compiled_bf16_agrees_with_float32(name, tmp_path):
     """Outputs and the gradient of every parameter, by norm; a few of them lose more in bf16 whoever computes them.
@@ -128,7 +100,8 @@ def test_compiled_bf16_agrees_with_float32(name, tmp_path):
     """
     script, paper, tiny = BACKBONES[name]
     args = script.parse_args([*(paper if CUDA else tiny).replace("none", str(tmp_path)).split(), "--out", "none"])
-    args.dropout, args.classes, n, generator = 0.0, list(range(10)), 4, torch.Generator().manual_seed(0)
+    args.dropout, args.classes, args.latents = 0.0, list(range(10)), {"mean": [0.0] * 32}
+    n, generator = 4, torch.Generator().manual_seed(0)
     net, diffusion = script.build(args)
     with torch.no_grad():  # no zeros that hide what is behind them
         for key, p in net.named_parameters():
@@ -139,26 +112,40 @@ def test_compiled_bf16_agrees_with_float32(name, tmp_path):
     else:
         images = torch.randint(256, (n, *net.shape), generator=generator).byte()
     labels = torch.arange(n)
-    numbers = [script.draw_numbers(n, net.shape, diffusion, generator) for _ in range(2)]
-    view, second = (script.make_view(images, labels, drawn, args) for drawn in numbers)
-    teacher = [*diffusion.inputs(second[0], args.cl_t, second[2]), None, second[4]]
+    draws = [script.draw_numbers(n, net.shape, diffusion, generator) for _ in range(2)]
     direction = torch.randn(n, net.feat_dim, generator=generator) / n**0.5
 
+    def results(net, encode, device):
+        """Outputs and gradients by name, of a loss that reads prediction and feature; exact's in float32."""
+        seen, there = [], [{name: x.to(device) for name, x in drawn.items()} for drawn in draws]
+        given = images.to(device), labels.to(device)
+        view, second = (script.make_view(*given, drawn, slice(n), args) for drawn in there)
+
+        def recorded(*inputs, **kw):
+            seen.extend(net(*inputs, **kw))
+            return seen
+
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=net is not exact):
+            x_t, t = diffusion.to(device).inputs(second["x0"], args.cl_t, second["noise"])
+            with torch.no_grad():
+                key, _ = encode(x_t, t, aug=second["aug"])
+            loss, (feat, e_t) = diffusion.loss(recorded, **view)
+            (loss + (feat * direction.to(device)).mean(1).sum()).backward()
+        outputs = {"key": key, "prediction": seen[0], "loss": loss, "feat": feat, "e_t": e_t}
+        return outputs, {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+
     exact = copy.deepcopy(net)
-    inputs = view, teacher, direction, torch.autocast("cpu", enabled=False)
-    want = outputs_and_gradients(diffusion, exact, exact.encode, *inputs)
-    diffusion.to(DEVICE)
-    inputs = on_device(view), on_device(teacher), direction.to(DEVICE), torch.autocast(DEVICE.type, torch.bfloat16)
+    want = results(exact, exact.encode, "cpu")
     eager = copy.deepcopy(net).to(DEVICE, memory_format=torch.channels_last)
-    plain = outputs_and_gradients(diffusion, eager, eager.encode, *inputs)
+    plain = results(eager, eager.encode, DEVICE)
     net.to(DEVICE, memory_format=torch.channels_last)
     net.compile(fullgraph=True)
-    found = outputs_and_gradients(diffusion, net, torch.compile(net.encode, fullgraph=True), *inputs)
+    found = results(net, torch.compile(net.encode, fullgraph=True), DEVICE)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
-    for bound, exact, other, value in zip((0.02, 0.03), want, plain, found, strict=True):
-        least = 0.05 * statistics.median(x.norm().item() for x in exact.values())  # a bias before a norm has none
-        for key, x in exact.items():
+    for bound, known, other, value in zip((0.02, 0.03), want, plain, found, strict=True):
+        least = 0.05 * statistics.median(x.norm().item() for x in known.values())  # a bias before a norm has none
+        for key, x in known.items():
             error, allowed = (relative(y[key], x, least) for y in (value, other))
             assert error <= max(bound, min(2 * allowed, 0.3)), f"{key}: {error:.3f}, without compile {allowed:.3f}"
     assert relative(found[0]["e_t"], want[0]["e_t"]) < 1e-3  # bf16 cannot tell neighbouring steps apart
@@ -168,24 +155,17 @@ def test_compiled_bf16_agrees_with_float32(name, tmp_path):
 LENGTHS = range(256, 261)  # 16 x 16 patches of a U-ViT, and time, label, augmentation, [CLS]
 
 
-def softmax_attention(q, k, v, hidden=None):
-    """The definition, for (B, heads, N, d); hidden (N, N) is true where a row must not look."""
+def softmax_attention(q, k, v, mask=None):
+    """The definition, for (B, heads, N, d); mask (N, N) is true where a row looks."""
     logits = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-    return (logits if hidden is None else logits.masked_fill(hidden, -math.inf)).softmax(3) @ v
+    return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(3) @ v
 
 
-def check_attention(attend, exact, qkv, some=slice(None)):
-    """attend on the device in bf16 against exact in float64: output and gradient; qkv (B, N, 3, heads, d)."""
-    qkv = qkv.bfloat16()
-    direction = torch.randn(qkv[:, :, 0].shape, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
-    results = []
-    for function, packed in (attend, qkv.to(DEVICE)), (exact, qkv.double()):
-        packed.requires_grad_()
-        out = function(*packed.permute(2, 0, 3, 1, 4))  # views, as the networks give them
-        (out * direction.to(out)).sum().backward()
-        results.append([out, *(grad[..., some] for grad in packed.grad.unbind(2))])
-    for name, value, want in zip(("out", "q", "k", "v"), *results, strict=True):
-        assert relative(value, want) < 0.015, (name, relative(value, want))
+def cls_mask(n):
+    """[CLS] and the augmentation token, of n, do not look at each other."""
+    mask = torch.ones(n, n).bool()
+    mask[0, 1] = mask[1, 0] = False
+    return mask
 
 
 @pytest.mark.parametrize(
@@ -197,11 +177,23 @@ def test_attention_of_each_length(n, heads, width, low):
     """U-ViT's tokens, DiT's, the UNet's. cuDNN's kernels have had NaNs at lengths that 128 does not divide (pytorch
     #169849), and where all logits of a row are far below zero (#196678): the scripts leave them out."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    qkv = torch.randn(2, n, 3, heads, width, generator=torch.Generator().manual_seed(n))
+    generator = torch.Generator().manual_seed(n)
+    qkv, direction = (torch.randn(2, n, k, heads, width, generator=generator).bfloat16() for k in (3, 1))
     if low:
         qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0] = 1, -120 * width**0.5
-    # a constant added to a row's logits has no gradient: there, q's is a difference of large numbers
-    check_attention(F.scaled_dot_product_attention, softmax_attention, qkv, slice(1, None) if low else slice(None))
+    for mask in None, cls_mask(n):
+        results = []
+        for attend, packed in (train_uvit.attention, qkv.to(DEVICE, copy=True)), (softmax_attention, qkv.double()):
+            packed.requires_grad_()
+            given = packed.permute(2, 0, 3, 1, 4)  # views, as the networks give them
+            out = attend(*given, None if mask is None else mask.to(packed.device))
+            (out * direction[:, :, 0].transpose(1, 2).to(out)).sum().backward()
+            results.append([out, *packed.grad.unbind(2)])
+        for name, value, want in zip(("out", "q", "k", "v"), *results, strict=True):
+            # a constant added to a row's logits has no gradient: in low's, q's is a difference of large numbers
+            some = slice(1 if low and name != "out" else 0, None)
+            error = relative(value[..., some], want[..., some])
+            assert error < 0.015, (name, mask is None, error)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -209,12 +201,11 @@ def test_attention_of_each_length(n, heads, width, low):
 def test_the_cls_token_and_its_neighbour(n, masked):
     """UViTAttention with [CLS] and the augmentation token apart, or not."""
     torch.manual_seed(n)
-    layer, x, hidden = train_uvit.UViTAttention(512, 8, masked), 1.5 * torch.randn(2, n, 512), torch.zeros(n, n).bool()
-    hidden[0, 1] = hidden[1, 0] = masked
+    layer, x = train_uvit.UViTAttention(512, 8, masked), 1.5 * torch.randn(2, n, 512)
     x[:, 1], layer.qkv.weight.data[512:1024] = 2 * x[:, 0], layer.qkv.weight.data[:512]  # they would see little else
     exact, inputs = copy.deepcopy(layer).double(), x.double().requires_grad_()
     q, k, v = exact.qkv(inputs).view(2, n, 3, 8, 64).permute(2, 0, 3, 1, 4)
-    want = exact.proj(softmax_attention(q, k, v, hidden).transpose(1, 2).flatten(2))
+    want = exact.proj(softmax_attention(q, k, v, cls_mask(n) if masked else None).transpose(1, 2).flatten(2))
     layer, x = layer.to(DEVICE), x.to(DEVICE).requires_grad_()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         out = layer(x)
@@ -228,26 +219,30 @@ def test_the_cls_token_and_its_neighbour(n, masked):
 
 # ---- The loop ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", RUNS)
-def test_twenty_steps_without_waiting_for_the_gpu(name, tmp_path, few, monkeypatch):
-    """The host runs ahead of the GPU between two lines of the log; and main compiles two graphs, each once."""
+def test_only_a_line_of_the_log_waits_for_the_gpu(name, tmp_path, few, monkeypatch):
+    """The host runs ahead of it between two lines, which are due after step 9 and 19; two graphs are compiled, once."""
     script, flags = RUNS[name]
-    rate, steps = script.learning_rate, []
+    rate, steps, modes = script.learning_rate, [], ["default"]
+    mode = torch.cuda.set_sync_debug_mode if CUDA else modes.append
 
     def watched(args, step, *rest):  # called once a step, in its middle
         steps.append(step)
-        if CUDA:
-            torch.cuda.set_sync_debug_mode("error" if 2 <= step < 22 else "default")
+        mode("default" if step in (0, 1, 9, 19, 23) else "error")
         return rate(args, step, *rest)
 
+    def wait(x, way):
+        assert modes[-1] == "default", f"the host waits in step {steps[-1]} or the next"
+        return way(x)
+
+    for way in () if CUDA else ("__bool__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, way, functools.partialmethod(wait, getattr(torch.Tensor, way)))
     monkeypatch.setattr(script, "learning_rate", watched)
-    monkeypatch.setattr(script, "LOG_EVERY", 1000)
-    monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: 0.0))  # no save is due
+    monkeypatch.setattr(script, "LOG_EVERY", 10)
     try:
-        train(script, tmp_path, f"{flags} --compile --max-steps 24 --amp bf16")
+        lines = train(script, tmp_path, f"{flags} --compile --max-steps 24 --amp bf16")
     finally:
-        if CUDA:
-            torch.cuda.set_sync_debug_mode("default")
-    assert steps == list(range(24))
+        mode("default")
+    assert steps == list(range(24)) and [line["step"] for line in lines] == [10, 20]
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
@@ -284,17 +279,17 @@ def test_fp16_skips_what_overflows(tmp_path, few, monkeypatch):
     """A scale that is too large is halved once for every skipped step, which moves neither weights nor moments."""
     script, flags = RUNS["unet"]
     first = train(script, tmp_path / "float32", f"{flags} --max-steps 1 --amp off --no-compile")[0]
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**34)
-    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**34))
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norms.append(clip(*given)) or norms[-1])
     lines = train(script, tmp_path / "fp16", f"{flags} --max-steps 24 --amp fp16 --no-compile")
     state = read(tmp_path / "fp16")
     assert lines[0]["loss"] == pytest.approx(first["loss"], rel=1e-2)
-    norms = [line["grad_norm"] for line in lines]
-    skipped = [norm == 0 for norm in norms]
-    assert max(norms) < 10 * first["grad_norm"]  # of unscaled gradients
-    assert skipped[0] and 0 < sum(skipped) < 22  # growing back takes 2000 steps
-    assert state["scaler"]["scale"] == 2.0 ** (34 - sum(skipped))
-    assert {p["step"].item() for p in state["optimizer"]["state"].values()} == {24 - sum(skipped)}
+    taken = [norm.item() for norm in norms if norm.isfinite()]
+    assert max(taken) < 10 * first["grad_norm"]  # of unscaled gradients
+    assert len(norms) == 24 and not norms[0].isfinite() and 2 < len(taken)  # growing back takes 2000 steps
+    assert state["scaler"]["scale"] == 2.0 ** (34 - 24 + len(taken))
+    assert {p["step"].item() for p in state["optimizer"]["state"].values()} == {len(taken)}
 
 
 ONE_RANK = """
@@ -307,23 +302,28 @@ class One(int):  # a single rank that goes the way of several
     __gt__ = lambda self, other: self >= other
 
 def join(device, setup=script.setup_distributed):
-    rank, world, device = setup(device)
-    script.dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    script.int = One
+    place = setup(device)
+    del script.int
     torch.backends.cudnn.benchmark = False  # two processes may choose differently
-    return rank, One(world), device
+    return place
 
 script.setup_distributed = join
 vars(script).update(conftest.shrink(script))
 torch.backends.cudnn.allow_tf32 = False
 if {backend!r}:
     torch.compile = functools.partial(torch.compile, backend={backend!r})
-script.main(script.parse_args())
+args = script.parse_args()
+script.main(args)
+import sample
+sample.main(sample.parse_args([args.out, "--n", "2", "--steps", "2", "--device", args.device]))
 print(json.dumps(dict(counters["aot_autograd"])))
 """
 
 
 def test_one_rank_of_nccl(tmp_path, monkeypatch):
-    """Under torchrun, with DDP, gathered keys and averaged statistics, a rank alone trains as a process without them.
+    """Under torchrun, with DDP, gathered keys and averaged statistics, a rank alone trains as a process without them,
+    and then samples.
 
     Two graphs are compiled, net and teacher: DDP's buckets do not cut them (torch._dynamo.config.optimize_ddp).
     """
@@ -350,7 +350,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         for name, (script, flags) in (RUNS | {"ddpm": (train_unet, "--backbone tiny --model ddpm")}).items():
-            patch.setattr(script, "draw_shapes", functools.partial(some_shapes, script.draw_shapes, 256))
+            patch.setattr(script, "draw_shapes", lambda n, *rest, make=script.draw_shapes: make(256, *rest))
             patch.setattr(script, "save_grid", lambda *_: None)
             train(script, folder / name, f"{flags} --max-steps 20 --no-compile", torch.device("cpu"))
             patch.undo()
