@@ -293,6 +293,9 @@ def mistake(kind, tmp_path, monkeypatch):
         return [*out, "--cl-t", "2000"]
     if kind == "level-between":
         return [*out, "--cl-t", "0.5"]
+    if kind == "compiler":
+        monkeypatch.setattr(T.shutil, "which", lambda name: None)
+        return [*out, "--compile"]
     if kind == "batch-1":
         return [*out, "--cl", "0.01", "--accum", "8"]
     if kind == "init-missing":
@@ -344,6 +347,7 @@ def mistake(kind, tmp_path, monkeypatch):
         ("resume-with", "of another network"), ("out-same", "--resume"), ("resume-cut", "cannot be read"),
         ("resume-classes", "other classes"), ("resume-script", "written by train_uvit.py"),
         ("resume-past", "past the end 0"), ("level-between", "whole steps"), ("batch-1", "two or more"),
+        ("compiler", "--no-compile"),
     ],
 )  # fmt: skip
 def test_mistakes_end_with_one_line_and_status_2(kind, says, tmp_path, capsys, monkeypatch):
