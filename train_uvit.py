@@ -1039,7 +1039,7 @@ def main(args):
     if step > end:
         fail(f"{args.out} is at step {step}, past the end {end}: give more --epochs or --max-steps")
     if args.compile or (args.compile is None and device.type == "cuda"):
-        if not any(shutil.which(name) for name in ("g++", "gcc", "c++", "cc", "clang")):
+        if not (shutil.which("gcc") or shutil.which("clang")):
             fail("torch.compile needs a compiler, and there is no gcc: give --no-compile, or install one")
         torch._dynamo.config.optimize_ddp = False  # it would cut the network into seven graphs
         net.compile()  # a module compiles its forward in place
