@@ -74,7 +74,7 @@ def attention(q, k, v, mask=None):
     """Scaled dot-product attention of q, k, v (B, heads, N, D / heads)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask)
-    with torch.autocast("cpu", enabled=False):  # the CPU's bf16 kernel takes up to 4 times as long
+    with torch.autocast("cpu", enabled=False):  # float32: bf16 is slower there
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
 
 def time_sinusoid(t, width):
@@ -694,7 +694,7 @@ def setup_distributed(device):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:  # a long limit, for while rank 0 decodes a data set
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
     return rank, world, device
 
 @contextlib.contextmanager
@@ -1022,7 +1022,7 @@ def main(args):
     images, labels, classes = load_data(args, "train")
     check_data(args, images, classes)
     args.classes, args.train_images = classes, len(images)
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 3:
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         images, labels = images.to(device), labels.to(device)
     per_epoch = len(images) // args.batch  # steps
     total = args.epochs * per_epoch
@@ -1051,9 +1051,8 @@ def main(args):
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
-    next_save = time.time() + 60  # a first save after a minute, then every quarter of an hour
+    next_save = time.time() + 60  # the first after a minute
     generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
-
     while step < end and not stop:
         # 1. Random numbers. They follow from (seed, step), so a resumed run repeats them. Each rank draws them for the
         #    whole batch and uses its own rows, so that they do not depend on the number of ranks.
@@ -1070,7 +1069,9 @@ def main(args):
         for micro in range(args.accum):
             first = (micro * world + rank) * local  # 2 ranks, --accum 2: rank 0 has quarters 0 and 2
             rows = slice(first, first + local)
-            x, y = images[order[rows]].to(device), labels[order[rows]].to(device)
+            x, y = images[order[rows]], labels[order[rows]]
+            if images.device.type != device.type:  # pinned, so that the copy does not wait
+                x, y = x.pin_memory().to(device, non_blocking=True), y.to(device)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
             # Ranks exchange gradients in the last pass only, by the attribute that DDP's no_sync sets.
@@ -1095,7 +1096,7 @@ def main(args):
         optimizer.zero_grad()
         step += 1
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
-        update_average(list(average.parameters()), list(objective.parameters()), None)  # None: a count without use
+        update_average(list(average.parameters()), list(objective.parameters()), None)  # None: unused
 
         # 4. Log and save. Here ranks agree on a stop and wait for the GPU: every tenth step. One rank stops at once.
         epoch = step // per_epoch
@@ -1113,7 +1114,6 @@ def main(args):
                 if keep or stop or step == end or time.time() > next_save:
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
-
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
