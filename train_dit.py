@@ -60,7 +60,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are
 
 # Width, depth, heads: [DiT] Tab. 1. tiny is our own, for a CPU.
 SIZES = {"tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-# Epochs (of pixels), batch, lr: [P] Tab. 11. EMA: [P] Tab. 8. Head's width: [MoCo]. Cool-down (of the run): ours.
+# Epochs (of pixels), batch, lr: [P] Tab. 11. EMA: Tab. 8. Head: [MoCo]. Warm-up (epochs, see resolve_flags), rest: ours.
 PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}
 NEW_WEIGHTS = ("self_cond.",)  # what [P] adds to the official network
@@ -325,7 +325,7 @@ class LatentRF(nn.Module):
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()
-        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: at v_hat = 0, 1e-8 explodes
+        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: gradients explode at 0 with 1e-8
         cosine = (v_hat_unit * F.normalize(v, dim=1)).sum(1)  # (B, H, W)
         return F.mse_loss(v_hat, v) + (1 - cosine).mean(), (feat, e_t)
 
@@ -794,7 +794,7 @@ def draw_numbers(n, shape, diffusion, generator):
 
 def make_view(images, labels, draws, rows, args):
     """One view of B images, by their rows of draw_numbers: the arguments x0, level, noise, y, aug of Objective.
-    UNSPECIFIED: the two views of the contrastive loss differ in flip and noise alone, since latents cannot be warped.
+    UNSPECIFIED: the two views differ in flip and noise alone: latents cannot be warped, and pixels are treated alike.
     """
     draws = {name: values[rows] for name, values in draws.items()}
     x0, y = to_x0(images, draws["flip"]), None
@@ -812,7 +812,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient: x enters the loss of every rank by 1 / world, so it is their mean as well."""
+    """mean_over_ranks with a gradient: each rank's loss has x by 1 / world, so x's gradient is the mean of theirs."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -1154,7 +1154,7 @@ def resolve_flags(parser, args, defaults):
     for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: 1/4 of a run, tiny 1/10
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: at most 1/4, tiny 1/10
     args.data = os.path.abspath(args.data)
     for name in ("resolution", "patch", "epochs", "batch", "accum", "lr", "save_every"):
         if name in args and not 0 < getattr(args, name) < math.inf:
@@ -1319,7 +1319,7 @@ def main(args):
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
         update_average(list(average.parameters()), list(objective.parameters()), None)  # None: unused
 
-        # 4. Log and save. Here ranks agree on a stop and wait for the GPU: every tenth step. One rank stops at once.
+        # 4. Log and save. Ranks agree on a stop and wait for the GPU: every tenth step. A single process stops at once.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):

@@ -604,7 +604,7 @@ def mean_over_ranks(x):
     return x
 
 class RankMean(torch.autograd.Function):
-    """mean_over_ranks with a gradient: x enters the loss of every rank by 1 / world, so it is their mean as well."""
+    """mean_over_ranks with a gradient: each rank's loss has x by 1 / world, so x's gradient is the mean of theirs."""
     @staticmethod
     def forward(ctx, x):
         return mean_over_ranks(x)
@@ -930,7 +930,7 @@ def resolve_flags(parser, args, defaults):
     for name, value in defaults.items():  # some have no flag
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: 1/4 of a run, tiny 1/10
+    args.warmup = min(args.warmup, args.epochs / (10 if args.cooldown else 4))  # UNSPECIFIED: at most 1/4, tiny 1/10
     args.data = os.path.abspath(args.data)
     for name in ("resolution", "patch", "epochs", "batch", "accum", "lr", "save_every"):
         if name in args and not 0 < getattr(args, name) < math.inf:
@@ -1098,7 +1098,7 @@ def main(args):
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
         update_average(list(average.parameters()), list(objective.parameters()), None)  # None: unused
 
-        # 4. Log and save. Here ranks agree on a stop and wait for the GPU: every tenth step. One rank stops at once.
+        # 4. Log and save. Ranks agree on a stop and wait for the GPU: every tenth step. A single process stops at once.
         epoch = step // per_epoch
         keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
         if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):
