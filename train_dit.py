@@ -60,7 +60,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are
 
 # Width, depth, heads: [DiT] Tab. 1. tiny is our own, for a CPU.
 SIZES = {"tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-# Epochs (of pixels), batch, lr: [P] Tab. 11. EMA: Tab. 8. Head: [MoCo]. Warm-up (epochs, see resolve_flags), rest: ours.
+# Epochs (of pixels), batch, lr: [P] Tab. 11. EMA: Tab. 8. Head: [MoCo]. Warm-up (in epochs, see resolve_flags): ours.
 PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}
 NEW_WEIGHTS = ("self_cond.",)  # what [P] adds to the official network
