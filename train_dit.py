@@ -1330,11 +1330,11 @@ def main(args):
             if rank == 0:
                 if step % LOG_EVERY == 0:
                     log.write(step, {"epoch": epoch, "lr": lr, **logged})
-                if keep or step == end:
-                    save_grid(args, average.net, diffusion, device, epoch)
                 if keep or stop or step == end or time.time() > next_save:
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
+                if keep or step == end:
+                    save_grid(args, average.net, diffusion, device, epoch)
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
