@@ -468,7 +468,7 @@ def list_images(root, split):
         samples = [(f"{root}/val/images/{row[0]}", classes.index(row[1])) for row in rows]
         missing = [path for path, _ in samples if not os.path.isfile(path)]
         if missing:
-            fail(f"{len(missing)} of {len(samples)} named images is missing: {missing[0]}")
+            fail(f"missing: {len(missing)} of {len(samples)} images of val_annotations.txt, such as {missing[0]}")
         return samples, classes
     if split == "test":  # test/ or else val/, whichever has the classes of train/
         found = find_images(root / "test")
@@ -735,7 +735,9 @@ def load_latents(args, split):
     for name in ("train", "test"):
         for number in range(math.ceil(meta[name] / SHARD)):
             shards.append((Path(args.cache_latents, f"{name}_{number:05d}.pt"), name, number))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     missing = [shard for shard in shards[rank::world] if not shard[0].is_file()]
     if missing:
         make_shards(args, meta, missing, device)
@@ -758,10 +760,8 @@ def decoder(args, device, vae=None):
     net = load_vae(path, device)
     mean = torch.tensor(args.latents["mean"], device=device).view(-1, 1, 1)
     std = torch.tensor(args.latents["std"], device=device).view(-1, 1, 1)
-
     def decode(x0):  # in pieces, since pixels need room
         return torch.cat([to_uint8(net.decode(piece * std + mean)) for piece in x0.split(16)])
-
     return decode
 
 def to_x0(images, flip=None):
@@ -967,7 +967,8 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged or foreign file can raise almost anything
         with open(path, "rb") as file:
             beginning = file.read(40)  # shows, for example, a Git-LFS pointer
-        reason = " ".join(str(error).split("WeightsUnpickler error: ")[-1].split())[:100]
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip()
+        reason = reason.split("\n")[0].split(". ")[0]  # the rest is advice of torch's
         fail(f"{path} cannot be read as a checkpoint ({reason}); it begins with {beginning}")
     if not isinstance(state, dict):
         fail(f"{path} holds a {type(state).__name__}, not the dict that a checkpoint is")
@@ -1066,7 +1067,7 @@ NAMED = ("size", "patch", "self_cond", "layer", "cond", "qk_norm", "cl", "cl_t",
 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0])
     parser.set_defaults(model="rf", cl_head="time", aug=0.0, latents={})  # no flags, but read by others
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="B", help="0.5, 130, 457 or 674 M parameters (default: B)")
@@ -1104,7 +1105,6 @@ def parse_args(argv=None):
     args = read_flags(parser, argv)
     if (args.vae or args.latent_stats) and not args.cache_latents:
         parser.error("--vae and --latent-stats go with --cache-latents DIR")
-
     resolution = args.resolution or (256 if args.cache_latents else RESOLUTIONS.get(args.dataset, 64))
     if args.cache_latents and resolution % 16 != 0:
         parser.error(f"--resolution: the VA-VAE takes multiples of 16 pixels, not {resolution}")
@@ -1226,7 +1226,7 @@ def build_training(args, device):
 def check_data(args, images, classes):
     """Exit if the training data do not fit the flags or, on --resume, are not those of the run."""
     if args.resume and (len(images), classes) != (args.train_images, args.classes):
-        fail(f"this run was trained on {args.train_images} images, the data set has {len(images)}, or other classes")
+        fail(f"not the data of this run: it had {args.train_images} images, now {len(images)}; or class names differ")
     if args.cond and not classes:
         fail(f"--cond needs classes, and {args.dataset} has no folders train/<class>/")
     if len(images) < args.batch:

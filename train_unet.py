@@ -314,7 +314,6 @@ def per_image(level, x):
 
 class Formulation(nn.Module):
     """A diffusion process (train_unet.py has three): check_level, draw_level, add_noise, inputs, loss and sample."""
-
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
         """net.features of x0 noised to `level`: what probe.py reads."""
         x, t = self.inputs(x0, level, noise)
@@ -611,7 +610,7 @@ def list_images(root, split):
         samples = [(f"{root}/val/images/{row[0]}", classes.index(row[1])) for row in rows]
         missing = [path for path, _ in samples if not os.path.isfile(path)]
         if missing:
-            fail(f"{len(missing)} of {len(samples)} named images is missing: {missing[0]}")
+            fail(f"missing: {len(missing)} of {len(samples)} images of val_annotations.txt, such as {missing[0]}")
         return samples, classes
     if split == "test":  # test/ or else val/, whichever has the classes of train/
         found = find_images(root / "test")
@@ -939,7 +938,8 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged or foreign file can raise almost anything
         with open(path, "rb") as file:
             beginning = file.read(40)  # shows, for example, a Git-LFS pointer
-        reason = " ".join(str(error).split("WeightsUnpickler error: ")[-1].split())[:100]
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip()
+        reason = reason.split("\n")[0].split(". ")[0]  # the rest is advice of torch's
         fail(f"{path} cannot be read as a checkpoint ({reason}); it begins with {beginning}")
     if not isinstance(state, dict):
         fail(f"{path} holds a {type(state).__name__}, not the dict that a checkpoint is")
@@ -1036,7 +1036,7 @@ NAMED = ("model", "backbone", "self_cond", "layer", "aug", "cl", "cl_head", "cl_
 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0])
     parser.set_defaults(cond=False)  # no flag: the UNets of [P] are unconditional
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=["ddpm", "edm", "rf"], default="ddpm", help="formulation (default: ddpm)")
@@ -1185,7 +1185,7 @@ def build_training(args, device):
 def check_data(args, images, classes):
     """Exit if the training data do not fit the flags or, on --resume, are not those of the run."""
     if args.resume and (len(images), classes) != (args.train_images, args.classes):
-        fail(f"this run was trained on {args.train_images} images, the data set has {len(images)}, or other classes")
+        fail(f"not the data of this run: it had {args.train_images} images, now {len(images)}; or class names differ")
     if args.cond and not classes:
         fail(f"--cond needs classes, and {args.dataset} has no folders train/<class>/")
     if len(images) < args.batch:

@@ -148,7 +148,7 @@ def test_annotated_images_that_are_missing(tmp_path, capsys):
     (tmp_path / "mine/val/val_annotations.txt").write_text("0.bmp\tn01\t0\n1.bmp\tn01\t0\n")
     with pytest.raises(SystemExit):
         T.load_data(args(tmp_path), "test")
-    assert "1 of 2 named images is missing" in capsys.readouterr().err
+    assert "missing: 1 of 2 images of val_annotations.txt" in capsys.readouterr().err
 
 
 def test_all_images_that_cannot_be_read_are_named(tmp_path, capsys):

@@ -532,7 +532,7 @@ def test_a_run_goes_on_with_its_own_images_and_classes(pictures, cached, tmp_pat
     probe.main(probe.parse_args([str(run), "--data", str(folder), "--epochs", "1", "--batch", "16"]))
     meta = torch.load(folder / "meta.pt", weights_only=True)
     for change, says in (
-        ({"train": 128}, "trained on 150 images, the data set has 128"), ({"classes": ["a", "c"]}, "other classes"),
+        ({"train": 128}, "it had 150 images, now 128"), ({"classes": ["a", "c"]}, "class names differ"),
     ):  # fmt: skip
         torch.save(meta | change, folder / "meta.pt")
         with refused(capsys, says):
