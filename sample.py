@@ -1,41 +1,85 @@
 """Draw images from any checkpoint of this repository with the sampler that its formulation was trained for.
 
-    python sample.py runs/NAME --labels 3 7 12                        # a grid beside the checkpoint, a column per class
-    python sample.py runs/A runs/B --n 12 --out rows.png              # a row per checkpoint, same noise in a column
+    python sample.py runs/NAME                                # a grid beside the checkpoint, a column per class
+    python sample.py runs/NAME --labels cat dog 7             # classes by name or number
+    python sample.py runs/A runs/B --n 12                     # a row per checkpoint, same noise in a column
     torchrun --nproc_per_node=4 -- sample.py runs/NAME --n 50000 --out samples.npz   # the -- keeps --n from torchrun
 
 Image i is made from a seed of its own, so it does not depend on the number of ranks or on --batch. EMA weights are
 used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 evaluations) or adaptive RK45.
+
+The other tools stand on this file: UserError, load_checkpoint, setup_distributed, run_tool.
 """
 
 import argparse
-import contextlib
+import hashlib
 import importlib
+import importlib.util
 import inspect
-import json
 import math
 import os
+import shutil
+import sys
+import textwrap
 import zipfile
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from train_unet import fail, read_checkpoint, setup_distributed
-
-TROUBLE = OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError  # what a tool tells in one line
-SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # the only code that a checkpoint may name
+SCRIPTS = ("train_unet", "train_uvit", "train_dit")  # what a checkpoint may name; other code only by --script
 BLOCK = 256  # images that are solved as one ODE: RK45 picks its steps for all of them, so this is fixed
-TILE, MOST_COLUMNS = 64, 20  # pictures: least side of a tile; with more classes a class has no column
+TILE = 64  # pixels; smaller images are enlarged in pictures
+MOST_COLUMNS = 20  # with more classes a class has no column of its own
 
+# ---- 1. Errors and ranks -----------------------
+class UserError(ValueError):
+    """A mistake that the user can mend. A notebook shows it; run_tool makes it one line and exit status 2."""
 
-class Model(NamedTuple):
+def fail(message, status=2):
+    """End the program with one line on stderr: for mistakes that the user can mend."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # above the progress bar
+    raise SystemExit(status)
+
+def run_tool(main, args):
+    """Run main(args). User errors, full disks and full memory end in one line and exit status 2, Ctrl-C in 130."""
+    try:
+        return main(args)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError) as error:
+        fail(" ".join(str(error).split()) or type(error).__name__)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", status=130)
+
+def first_line(error):
+    """The reason that an exception gives, without torch's advice."""
+    reason = str(error).split("WeightsUnpickler error: ")[-1].strip()
+    return reason.split("\n")[0].split(". ")[0] or type(error).__name__
+
+def setup_distributed(device):
+    """Join torchrun's process group, or stay a single process. Returns rank, world size and torch.device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not on_gpu:
+        fail("--device cuda: torch finds no GPU; use --device cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:  # a long limit, for while rank 0 decodes a data set
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    return rank, world, device
+
+# ---- 2. Checkpoints ----------------------------
+@dataclass
+class Model:
     """What a checkpoint gives: the EMA network, in eval mode and frozen, and everything needed to use it."""
+
     path: Path
     script: object  # the imported train script
     args: argparse.Namespace  # the flags it was trained with
@@ -44,73 +88,132 @@ class Model(NamedTuple):
     epoch: int
     step: int
 
+    @property
+    def name(self):
+        """Run folder and epoch, as pictures call it."""
+        return f"{self.path.absolute().parent.name}, epoch {self.epoch}"
+
     def __str__(self):
-        what = f"{self.args.model} on {self.args.dataset}"
-        return f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), {what}"
+        return (f"{self.path}: EMA weights of epoch {self.epoch} (step {self.step}), "
+                f"{describe(self.args)}, trained on {self.args.dataset}")
 
+def describe(args):
+    """What a run trains, by the flags that matter most: 'edm tiny --self-cond adaptive --cl 0.01'."""
+    words = [args.model, args.backbone if "backbone" in args else args.size]
+    for flag in ("self_cond", "cls_token", "cond", "aug", "cl"):
+        value = getattr(args, flag, None)
+        if value:
+            words.append(f"--{flag.replace('_', '-')} {value}".removesuffix(" True"))
+    return " ".join(words)
 
-@contextlib.contextmanager
-def told(what, errors=Exception):
-    """Makes errors one line."""
+def comparison_name(paths):
+    """What a file that compares checkpoints is called after: A-B for runs/A and runs/B."""
+    names = []
+    for path in map(Path, paths):
+        path = path.absolute()
+        names.append(path.name if path.is_dir() else f"{path.parent.name}-{path.stem}")
+    return "-".join(names)[:100]  # file names have a limit
+
+def check_writable(path):
+    """Raise UserError now if a file could not be written later."""
+    folder = Path(path).absolute().parent
+    place = path if Path(path).is_file() else folder
+    if os.path.isdir(path) or not folder.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"cannot write {path}: name a file in a folder that exists")
+
+def import_script(name, file=None):
+    """The train script that wrote a checkpoint: one of SCRIPTS, else the file that the user names."""
+    if name in SCRIPTS:
+        return importlib.import_module(name)
+    if file is None:
+        raise UserError(f"it was written by {name}: give --script {name}.py, whose code is then run")
+    if not Path(file).is_file():
+        raise UserError(f"--script {file} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+def read_weights(path):
+    """What a file of torch.save holds, on the CPU. weights_only: tensors and plain values, no code."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist, or is no file")
     try:
-        yield
-    except errors as error:
-        fail(f"{what} ({' '.join(str(error).split())[:200]})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise almost anything
+        with open(path, "rb") as file:
+            beginning = file.read(40)  # shows, for example, a Git-LFS pointer
+        reason = f"({first_line(error)}); it begins with {beginning}"
+        raise UserError(f"{path} cannot be read as a checkpoint {reason}") from error
 
+def load_checkpoint(path, device="cpu", script_file=None):
+    """Rebuild the EMA network of a checkpoint with the script that wrote it.
 
-def check_flags(args, net, diffusion):
-    """Raise something if a flag that the tools read is not as a train script writes it; build has tried the others."""
-    diffusion.check_level(args.cl_t)
-    fine = args.model in ("ddpm", "edm", "rf") and args.layer == net.layer and 0 < args.resolution <= 4096
-    fine &= args.dataset.isprintable() and "\0" not in "".join([args.data, args.cache_latents or "", args.vae or ""])
-    if not fine or bool in (type(args.cl_t), type(args.resolution)):
-        raise ValueError("no train script writes such flags")
-    if "mean" in args.latents:  # for decoder
-        torch.tensor([args.latents["mean"], args.latents["std"]]).view(2, net.shape[0])
-
-
-def load_checkpoint(path, device="cpu"):
-    """Rebuild the EMA network of a checkpoint (a .pt file, or a run folder's last.pt) with the script that wrote it.
-
-    Exit status 2 where the file is missing, damaged or not ours. No code is run but that of SCRIPTS.
+    path: a .pt file, or a run folder (its last.pt). script_file: see import_script. Raises UserError where the file
+    is missing, damaged, or no checkpoint of ours, or where the network does not fit it.
     """
-    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    if not path.is_file():  # a pipe would be waited for
-        fail(f"{path} does not exist, or is no file: give the last.pt or epoch_*.pt of a run")
-    with told(f"{path} is damaged, or no checkpoint of a run's network"):  # a file may hold anything
-        with zipfile.ZipFile(path) as file:
-            if any(record.compress_type for record in file.infolist()):
-                raise ValueError("packed")  # torch.load would inflate it
-        state = read_checkpoint(path)
-        if not isinstance(state, dict) or state.get("script") not in SCRIPTS:
-            raise ValueError(f"none of {', '.join(SCRIPTS)} wrote this")
-        script = importlib.import_module(state["script"])
-        json.dumps([state["args"], state["epoch"], state["step"]])  # plain values
-        args = argparse.Namespace(**{"cache_latents": None, "vae": None, "latents": {}} | state["args"])
-        with torch.device("meta"):  # misfits are found before memory is taken
-            net, diffusion = script.build(args)
-            net.load_state_dict(state["ema"], assign=True)
-        if sum(value.numel() for value in state["ema"].values()) > path.stat().st_size:
-            raise ValueError("more weights than bytes")  # a tensor may repeat what it stores
-        check_flags(args, net, diffusion)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.pt"
+    state = read_weights(path)
+    for key in ("script", "args", "ema", "epoch", "step"):
+        if not isinstance(state, dict) or key not in state:
+            raise UserError(f"{path} is no checkpoint of a train script: it has no {key!r}")
+    try:
+        script = import_script(state["script"], script_file)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    text_hash = hashlib.sha256(Path(script.__file__).read_bytes()).hexdigest()[:16]
+    if state.get("script_hash", text_hash) != text_hash:
+        print(f"warning: {script.__file__} has been edited since it wrote {path}", file=sys.stderr)
+    try:
+        args = argparse.Namespace(**state["args"])
         net, diffusion = script.build(args)
         net.load_state_dict(state["ema"])
-        epoch, step = int(state["epoch"]), int(state["step"])
-    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
-    net.to(device, memory_format=layout).eval().requires_grad_(False)
-    return Model(path, script, args, net, diffusion.to(device).eval(), epoch, step)
+    except Exception as error:  # flags of another version, weights of another network
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise UserError(f"{path} does not fit {Path(script.__file__).name} ({reason})") from error
+    net.to(device).eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        net.to(memory_format=torch.channels_last)  # faster there, slower on CPUs
+    return Model(path, script, args, net, diffusion.to(device).eval(), state["epoch"], state["step"])
 
+# ---- 3. Sampling -------------------------------
+class CountingNetwork:
+    """The network as a sampler sees it: runs in pieces of `batch` images, under autocast, and is counted."""
+
+    def __init__(self, net, batch, amp, compiled):
+        self.net, self.batch, self.amp = net, batch, amp
+        self.compiled = torch.compile(net, dynamic=False) if compiled else net
+        self.evaluations = 0
+
+    def __call__(self, x, t, y=None):
+        self.evaluations += 1
+        outputs = []
+        with torch.autocast(x.device.type, dtype=self.amp, enabled=self.amp is not None):
+            for first in range(0, len(x), self.batch):
+                rows = slice(first, first + self.batch)
+                whole = len(x[rows]) == self.batch  # a last, smaller piece would be compiled for itself
+                net = self.compiled if whole else self.net
+                outputs.append(net(x[rows], t[rows], None if y is None else y[rows]))
+        return torch.cat(outputs)
 
 def class_labels(indices, classes, labels, seed):
     """Class of each image, (len(indices),) int64: drawn by seed and index, or all classes or those listed in turn."""
     if labels == "random":
-        return torch.tensor([int(np.random.default_rng((seed, i, 1)).integers(classes)) for i in indices])
-    return torch.tensor([i % classes if labels == "balanced" else labels[i % len(labels)] for i in indices])
+        draws = [np.random.default_rng((seed, i, 1)).integers(classes) for i in indices]
+        return torch.from_numpy(np.array(draws))
+    if labels == "balanced":
+        labels = range(classes)
+    return torch.tensor([labels[i % len(labels)] for i in indices])
 
+def image_noise(seed, index, shape):
+    """The noise that image number `index` starts from, float32."""
+    return torch.from_numpy(np.random.default_rng((seed, index)).standard_normal(shape, dtype=np.float32))
 
-def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compile=None, labels="balanced", vae=None,
-             **options):
-    """Sample images 0..n-1, block by block; rank r takes blocks r, r + world, ... Misfits end with exit status 2.
+def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compile=None,
+             labels="balanced", vae=None, **options):
+    """Sample images 0 .. n - 1, block by block; rank r takes blocks r, r + world, ...
 
     Args:
         seed: of the whole set; image i starts from noise that depends on (seed, i) only.
@@ -118,148 +221,220 @@ def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compil
         labels: of a class-conditional network: "balanced" (i modulo classes), "random" or a list of classes.
         vae: file of the VA-VAE, None for the training run's. options: of diffusion.sample (steps, cfg, ...).
     Returns an iterator of indices (a range), images uint8 (B, 3, H, W) on the CPU, network evaluations per image.
+    Raises UserError at once where the arguments do not fit the model, and later if the sampler gives NaN.
     """
     device, classes = next(model.net.parameters()).device, model.net.classes
-    for name in options.keys() - inspect.signature(model.diffusion.sample).parameters.keys():
-        fail(f"--{name.replace('_', '-')}: {type(model.diffusion).__name__}, of {model.path}, has none; drop it")
-    if not classes and (options.keys() & {"cfg", "cfg_interval"} or isinstance(labels, list)):
-        fail(f"{model.path} is unconditional: drop --cfg, --cfg-interval and the numbers of --labels")
-    if isinstance(labels, list) and max(labels) >= classes:
-        fail(f"--labels: the classes of {model.path} are 0 to {classes - 1}")
-    if vae and not model.args.cache_latents:
-        fail(f"--vae {vae}: {model.path} works on pixels, drop it")
-    decoder, piece = getattr(model.script, "decoder", None), min(batch, BLOCK)
-    decode = decoder(model.args, device, vae) if decoder else model.script.to_uint8
-    compile = n > 8 * BLOCK and device.type == "cuda" if compile is None else compile
-    compiled = torch.compile(model.net, dynamic=False) if compile else model.net
-
-    def net(x, t, y=None):
-        net.calls += 1
-        parts = zip(x.split(piece), t.split(piece), [None] * len(x) if y is None else y.split(piece), strict=False)
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):  # a last, smaller part is not compiled
-            return torch.cat([(compiled if len(part[0]) == piece else model.net)(*part) for part in parts])
+    known = inspect.signature(model.diffusion.sample).parameters
+    for name in options:
+        if name not in known:
+            kind = type(model.diffusion).__name__
+            raise UserError(f"--{name.replace('_', '-')}: {kind}, of {model.path}, has none; drop it")
+    guided = "cfg" in options or "cfg_interval" in options
+    if not classes and (guided or isinstance(labels, list)):
+        raise UserError(f"{model.path} is unconditional: drop --cfg, --cfg-interval and --labels")
+    if vae and not getattr(model.args, "cache_latents", None):
+        raise UserError(f"--vae {vae}: {model.path} works on pixels, drop it")
+    decode = model.script.to_uint8
+    if hasattr(model.script, "decoder"):  # of latents
+        decode = model.script.decoder(model.args, device, vae)
+    if compile is None:
+        compile = n > 8 * BLOCK and device.type == "cuda"
+    net = CountingNetwork(model.net, min(batch, BLOCK), amp, compile)
 
     @torch.no_grad()
-    def block(first):
-        net.calls, indices = 0, range(first, min(first + BLOCK, n))
-        noise = [np.random.default_rng((seed, i)).standard_normal(model.net.shape, dtype=np.float32) for i in indices]
-        noise = torch.from_numpy(np.stack(noise)).to(device)
+    def draw_block(first):
+        indices = range(first, min(first + BLOCK, n))
+        noise = torch.stack([image_noise(seed, i, model.net.shape) for i in indices]).to(device)
         y = class_labels(indices, classes, labels, seed).to(device) if classes else None
+        net.evaluations = 0
         x0 = model.diffusion.sample(net, noise, y=y, **options)
         if not torch.isfinite(x0).all():
-            fail(f"{model.path}: the sampler returned NaN or infinity; the weights are broken, take an earlier epoch")
-        return indices, decode(x0).cpu(), net.calls
+            raise UserError(f"{model.path}: the sampler gives NaN or infinity; take an earlier epoch")
+        return indices, decode(x0).cpu(), net.evaluations
 
-    return map(block, range(rank * BLOCK, n, world * BLOCK))
+    return (draw_block(first) for first in range(rank * BLOCK, n, world * BLOCK))
 
+# ---- 4. Files ----------------------------------
+def write_npz(path, blocks, shape):
+    """Write arr_0, uint8 of `shape`, from blocks of its bytes: numpy's format, without all images in memory."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(block)
 
-def draw_grid(images, columns, names):
-    """uint8 (N, H, W, 3) -> PIL image: tiles of at least TILE pixels in rows, each row's name left of it."""
+def draw_grid(images, columns, row_names, column_names):
+    """Images uint8 (N, H, W, 3) -> PIL image: tiles of TILE pixels or more, rows and columns with their names."""
     scale = math.ceil(TILE / images.shape[1])
-    tiles = images.permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = images.permute(0, 3, 1, 2)
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0)
-    margin = max((12 + int(ImageFont.load_default().getlength(name)) for name in names), default=0)
-    picture = ImageOps.expand(Image.fromarray(grid.numpy()), (margin, 0, 0, 0), "white")
-    for row, name in enumerate(names):
-        ImageDraw.Draw(picture).text((6, (row + 0.5) * picture.height / len(names)), name, "black", anchor="lm")
+    side = tiles.shape[2] + 2
+    column_names = [textwrap.fill(name, side // 6) for name in column_names]  # a letter is 6 pixels wide
+    left = 6 * max([2 + len(line) for name in row_names for line in name.split("\n")], default=0)
+    top = 16 * max([1 + name.count("\n") for name in column_names], default=0)
+    picture = ImageOps.expand(Image.fromarray(grid.numpy()), (left, top, 0, 0), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(row_names):
+        draw.text((6, top + (row + 0.5) * side), name, "black", anchor="lm")
+    for column, name in enumerate(column_names):
+        draw.text((left + (column + 0.5) * side, top / 2), name, "black", anchor="mm", align="center")
     return picture
 
-
+# ---- 5. Flags and main -------------------------
 def add_sampling_flags(add):
     """The flags of generate, which fid.py has as well; add is an add_argument."""
-    add("--steps", type=int, help="(default: DDIM 100, of divisors of 1000; Heun 18; RF adaptive, no steps; DiT 250)")
-    add("--labels", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (default), random or numbers")
-    add("--cfg", type=float, help="guidance weight of a class-conditional DiT, 1: off (default: 1.5, DDAE++ Tab. 8)")
-    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its times (default: 0 0.89)")
-    add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents (default: the run's)")
+    add("--steps", type=int, help="of DDPM (default: 100), EDM (18) or DiT (250); RF on UNets chooses its own")
+    add("--labels", nargs="+", default=["balanced"], metavar="CLASS",
+        help="of a --cond network: balanced, random, or names or numbers of classes (default: balanced)")
+    add("--cfg", type=float, help="guidance weight of a --cond DiT; 1 is off (default: 1.5, [P] Tab. 8)")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="times with guidance, 0 is data, 1 noise (default: 0 0.89)")
+    add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents (default: the training run's)")
     add("--seed", type=int, default=0, help="image i depends on (seed, i) only (default: 0)")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="(default: off; bf16 moves pixels by up to 18)")
-    add("--compile", action=argparse.BooleanOptionalAction, help=f"(default: on a GPU, above {8 * BLOCK} images)")
-    add("--batch", type=int, default=BLOCK, help=f"images per network evaluation and rank (default: {BLOCK}, the most)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off",
+        help="autocast; bf16 moves pixels by up to 18 of 255 (default: off)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help=f"torch.compile (default: on GPUs, for more than {8 * BLOCK} images)")
+    add("--batch", type=int, default=BLOCK, help=f"images per evaluation and rank (default: {BLOCK}, the most)")
+    add("--script", metavar="FILE", help="your train script, of checkpoints that none of the three scripts wrote")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
 
-
-def sampling(args):
-    """What the flags mean to generate, as a dict; exit status 2 for senseless ones."""
+def sampling_options(args):
+    """What the flags mean to generate, but for the labels: a dict. Raises UserError for values out of range."""
     for name, least in {"n": 1, "steps": 1, "batch": 1, "seed": 0, "cfg": 0}.items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
-            fail(f"--{name} must be at least {least}")
-    if args.cfg_interval is not None and not 0 <= args.cfg_interval[0] < args.cfg_interval[1] <= 1:
-        fail("--cfg-interval takes two times, LOW below HIGH, between 0 (data) and 1 (noise)")
-    names = "seed", "steps", "batch", "compile", "vae", "cfg", "cfg_interval"
-    options = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    options["amp"] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    if args.labels not in (["balanced"], ["random"]) and not all(word.isdecimal() for word in args.labels):
-        fail("--labels takes balanced, random, or numbers of classes")
-    options["labels"] = [int(word) for word in args.labels] if args.labels[0].isdecimal() else args.labels[0]
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name} must be at least {least}")
+    low, high = args.cfg_interval or (0, 1)
+    if not 0 <= low < high <= 1:
+        raise UserError("--cfg-interval takes two times, LOW below HIGH, between 0 (data) and 1 (noise)")
+    options = {"amp": {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]}
+    for name in ("seed", "steps", "batch", "compile", "vae", "cfg", "cfg_interval"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     return options
 
+def parse_labels(words, model):
+    """--labels for generate: "balanced", "random" or a list of class numbers. A name counts before a number."""
+    if words in (["balanced"], ["random"]):
+        return words[0]
+    if not model.net.classes:
+        raise UserError(f"{model.path} is unconditional: drop --labels")
+    names, numbers = model.args.classes, []
+    for word in words:
+        if word in names:
+            numbers.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            numbers.append(int(word))
+        else:
+            known = f"0 to {len(names) - 1}, or {', '.join(names[:5])}, .."
+            raise UserError(f"--labels {word}: the classes of {model.path} are {known}")
+    return numbers
 
 def parse_args(argv=None):
     """Flags -> Namespace."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("ckpt", nargs="+", metavar="CKPT", help="checkpoint files, or run folders (then their last.pt)")
-    parser.add_argument("--n", type=int, help="images (default: 64; 8 for each column of a class, 12 for a named row)")
-    parser.add_argument("--out", type=Path, help="new folder, FILE.npz or FILE.png (default: samples.png beside CKPT)")
-    add_sampling_flags(parser.add_argument)
+    parser = argparse.ArgumentParser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("ckpt", nargs="+", metavar="CKPT", help="checkpoint files, or run folders (their last.pt)")
+    add("--n", type=int, help="images (default: 64; 8 for each column of a class; 12 for a row of several CKPT)")
+    add("--out", type=Path, help="new folder, FILE.npz or FILE.png (default: samples.png beside the first CKPT, "
+        "of several samples_A-B.png)")
+    add_sampling_flags(add)
     args = parser.parse_args(argv)
-    first = Path(args.ckpt[0])
-    args.out = args.out or (first if os.path.isdir(first) else first.parent) / "samples.png"
+    if args.out is None:
+        first = Path(args.ckpt[0])
+        name = "samples.png" if len(args.ckpt) == 1 else f"samples_{comparison_name(args.ckpt)}.png"
+        args.out = (first if first.is_dir() else first.parent) / name
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
     if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
         parser.error("pictures are PNG: give --out FILE.png, FILE.npz or a new folder")
     return args
 
+def plan_grid(model, labels, n, several):
+    """Number of images, number of columns, and the columns' names if each is a class."""
+    classes = model.net.classes if labels == "balanced" else 0
+    if isinstance(labels, list):
+        classes = len(labels)
+    by_class = 1 < classes <= MOST_COLUMNS
+    if several:
+        n = columns = n or 12
+    elif by_class:
+        n = n or 8 * classes
+        columns = min(n, classes)
+    else:
+        n = n or 64
+        columns = math.ceil(n**0.5)
+    names = []
+    if model.net.classes and labels != "random" and (by_class or several):
+        numbers = class_labels(range(columns), model.net.classes, labels, seed=0)
+        names = [model.args.classes[i] for i in numbers]
+    return n, columns, names
 
-@told("stopped", TROUBLE)
 def main(args):
-    """Sample every checkpoint and write the pictures."""
-    options = sampling(args)
+    """Draw images from every checkpoint, each rank its blocks, and write them to args.out."""
+    options = sampling_options(args)
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")
-    folder = args.out.suffix not in (".png", ".npz")
 
     # 1. What is drawn: mistakes show before the first image.
-    models = [load_checkpoint(path, device) for path in args.ckpt]
-    side, classes, labels = models[0].args.resolution, models[0].net.classes, options["labels"]
-    if any(model.args.resolution != side for model in models):
-        fail("the checkpoints have different resolutions: draw them into pictures of their own")
-    per_class = len(labels) if isinstance(labels, list) else classes if labels == "balanced" else 0
-    by_class, several = 1 < per_class <= MOST_COLUMNS, len(models) > 1
-    n = args.n or (12 if several else 8 * per_class if by_class else 64)
-    columns = n if several else per_class if by_class else math.ceil(n**0.5)
-    draws = [generate(model, n, rank, world, **options) for model in models]
+    models = [load_checkpoint(path, device, args.script) for path in args.ckpt]
+    labels = [parse_labels(args.labels, model) for model in models]
+    side = models[0].args.resolution
+    for model in models:
+        if model.args.resolution != side:
+            raise UserError("the checkpoints have different resolutions: draw them into pictures of their own")
+    n, columns, column_names = plan_grid(models[0], labels[0], args.n, several=len(models) > 1)
+    draws = []
+    for model, classes in zip(models, labels, strict=True):
+        draws.append(generate(model, n, rank, world, labels=classes, **options))
 
-    # 2. The images: every rank fills in its own.
-    if rank == 0:  # what cannot be written shows now; a folder must be new, so that the count stays exact
-        (args.out if folder else args.out.parent).mkdir(parents=True, exist_ok=not folder)
-        folder or args.out.open("ab").close()
-    images = torch.zeros(len(models), n, side, side, 3, dtype=torch.uint8)
-    for row, (model, blocks) in enumerate(zip(models, draws, strict=True)):
-        nfes, rounds = [], math.ceil(n / world / BLOCK)
-        for indices, block, nfe in tqdm(blocks, "sample", rounds, unit="block", disable=rank > 0):
-            images[row, indices.start : indices.stop] = block.permute(0, 2, 3, 1)
-            nfes.append(nfe)
-        if rank == 0:
-            print(f"{model}, {n} images, NFE {np.mean(nfes):.0f}" + f", labels {labels}" * bool(model.net.classes))
+    # 2. The images: each rank writes what it draws, so that nobody holds all of them.
+    is_folder = args.out.suffix not in (".png", ".npz")
+    parts = args.out if is_folder else Path(f"{args.out}.parts")
+    if args.out.is_dir():
+        raise UserError(f"{args.out} exists: choose a new name, so that its number of images is exact")
     if world > 1:
-        dist.all_reduce(images)  # all but one are zero
+        dist.barrier()  # all have looked
+    if rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed
+        parts.mkdir(parents=True)
+    if world > 1:
+        dist.barrier()
+    for row, model in enumerate(models):
+        evaluations, rounds = [], math.ceil(n / world / BLOCK)
+        for indices, images, count in tqdm(draws[row], "sample", rounds, unit="block", disable=rank > 0):
+            images = images.permute(0, 2, 3, 1).contiguous().numpy()
+            if is_folder:
+                for i, image in zip(indices, images, strict=True):
+                    Image.fromarray(image).save(parts / f"{i:06d}.png")
+            else:
+                (parts / f"{row}_{indices.start}").write_bytes(images.tobytes())
+            evaluations.append(count)
+        if rank == 0:
+            print(f"{model}, {n} images, NFE {np.mean(evaluations):.0f}")
+            if model.net.classes:
+                print(f"labels {labels[row]}")
+    if world > 1:
+        dist.barrier()  # all parts are written
         dist.destroy_process_group()
 
-    # 3. The file.
+    # 3. One file of all parts, in order.
     if rank > 0:
         return
-    if folder:
-        for i, image in enumerate(images[0].numpy()):
-            Image.fromarray(image).save(args.out / f"{i:06d}.png")
-    elif args.out.suffix == ".npz":
-        np.savez(args.out, arr_0=images[0].numpy())
-    else:
-        names = [f"{model.path.absolute().parent.name}, epoch {model.epoch}" for model in models if several]
-        draw_grid(images.flatten(0, 1), columns, names).save(args.out)
+    blocks = ((parts / f"{row}_{i}").read_bytes() for row in range(len(models)) for i in range(0, n, BLOCK))
+    if args.out.suffix == ".npz":
+        write_npz(args.out, blocks, (n, side, side, 3))
+    elif args.out.suffix == ".png":
+        row_names = []
+        if len(models) > 1:
+            row_names = [f"{model.name}\n{describe(model.args)}" for model in models]
+        images = torch.frombuffer(bytearray().join(blocks), dtype=torch.uint8).view(-1, side, side, 3)
+        draw_grid(images, columns, row_names, column_names).save(args.out)
+    if not is_folder:
+        shutil.rmtree(parts)
     print(f"wrote {args.out}")
 
-
 if __name__ == "__main__":
-    main(parse_args())
+    run_tool(main, parse_args())

@@ -30,6 +30,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -69,6 +70,7 @@ BLOCK = 64  # images that are encoded together, with one seed
 STATISTICS = 2048  # images whose latents give mean and std
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64, as latents 256
 LOG_EVERY = 10  # steps
+SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # so that tools notice an edit
 
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
@@ -167,6 +169,8 @@ class DiT(nn.Module):
         super().__init__()
         if side % patch != 0:
             raise ValueError(f"patches of {patch} do not divide {side} pixels")
+        if width % (4 * heads) != 0:
+            raise ValueError(f"width {width} is no multiple of 4 x {heads} heads")
         self.shape, self.patch = (channels, side, side), patch
         self.classes = classes
         self.layers = [str(i + 1) for i in range(depth)]
@@ -321,13 +325,14 @@ class LatentRF(nn.Module):
         return self.add_noise(x0, level, noise), 1 - per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Squared error of v plus 1 - cos(v_hat, v) along channels [LDiT], and (feat, e_t) of the same pass."""
+        """Squared error of v plus 1 - cos(v_hat, v) along channels [LDiT], twice (EDM weights one), and (feat, e_t)."""
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()
         v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: gradients explode at 0 with 1e-8
         cosine = (v_hat_unit * F.normalize(v, dim=1)).sum(1)  # (B, H, W)
-        return F.mse_loss(v_hat, v) + (1 - cosine).mean(), (feat, e_t)
+        loss = F.mse_loss(v_hat, v) + (1 - cosine).mean()
+        return loss, loss, (feat, e_t)
 
     def velocity(self, net, x, level, y=None, cfg=1.0, interval=(0.0, 1.0)):
         """v_hat (B, C, H, W) at a level, a number; guided inside the interval, on all channels [P]. [CFG], [Int]"""
@@ -936,13 +941,19 @@ def epoch_order(seed, epoch, n, device):
     generator = torch.Generator().manual_seed(stream_seed(seed, ORDER, epoch))
     return torch.randperm(n, generator=generator).to(device)
 
-def catch_stop_signals():
+def catch_stop_signals(rank):
     """The list returned receives each signal that asks the run to stop, so that the loop can end its step and save."""
     received = []
+    def note(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt  # the second Ctrl-C
+        received.append(number)
+        if number == signal.SIGINT and rank == 0:
+            tqdm.write("finishing this step, then saving; once more to stop at once", file=sys.stderr)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         number = getattr(signal, name, signal.SIGTERM)  # Windows has not all of them
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, lambda number, frame: received.append(number))
+            signal.signal(number, note)
     return received
 
 def save_checkpoint(path, state):
@@ -995,7 +1006,8 @@ def load_weights(net, path):
 
 def save_run(args, parts, epoch, step, keep):
     """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
-    state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args)}
+    state.update(epoch=epoch, step=step)
     state["ema"] = parts["average"].net.state_dict()
     if keep:
         save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", state)
@@ -1028,9 +1040,13 @@ class Log:
         self.job, self.args_file = uuid.uuid4().hex, Path(args.out, "args.json")
         self.args_file.write_text(json.dumps({**vars(args), "job": self.job}, indent=2))
         self.file = Path(args.out, "metrics.jsonl")
-        lines = [json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__, **facts})]
+        lines = []
         if step > 0 and self.file.is_file():  # steps after the last save are repeated
-            lines = self.file.read_text(errors="replace").splitlines()[: 1 + step // LOG_EVERY] or lines
+            for line in self.file.read_text(errors="replace").splitlines():
+                found = re.match(r'{"step": (\d+), .*}$', line)
+                if found and int(found[1]) <= step:
+                    lines.append(line)
+        lines.append(json.dumps({"step": step, "args": vars(args), "torch": torch.__version__, **facts}))
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("\n".join(lines) + "\n")
         os.replace(temporary, self.file)
@@ -1050,16 +1066,20 @@ class Log:
             file.write(json.dumps({"step": step, **values, "img_per_s": speed}) + "\n")
 
 @torch.no_grad()
-def save_grid(args, net, diffusion, device, epoch):
-    """samples_NNNN.png: 64 samples (16 on a CPU) of the EMA network, in every epoch from the same noise."""
+def save_grid(args, net, diffusion, device, name):
+    """samples_NAME.png: 64 samples (16 on a CPU) of the EMA network, each time from the same noise."""
     if args.cache_latents and not os.path.isfile(args.vae or ""):
         return  # nothing decodes them
     side = 8 if device.type == "cuda" else 4
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C need not wait
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(side**2, *net.shape, generator=generator).to(device)
     y = torch.arange(side**2, device=device) % net.classes if net.classes else None
     images = decoder(args, device)(diffusion.sample(net, noise, y=y))
-    save_image(images / 255, f"{args.out}/samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
+    scale = math.ceil(64 / images.shape[2])  # tiles of 64 pixels or more
+    images = F.interpolate(images / 255, scale_factor=scale, mode="nearest")
+    save_image(images, f"{args.out}/samples_{name}.png", nrow=side, padding=2, pad_value=1)
+    signal.signal(signal.SIGINT, handler)
 
 # ---- 8. Flags ----------------------------------
 # Flags that make the default name of a run
@@ -1070,37 +1090,47 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0])
     parser.set_defaults(model="rf", cl_head="time", aug=0.0, latents={})  # no flags, but read by others
     add = parser.add_argument_group("model").add_argument
-    add("--size", choices=SIZES, default="B", help="0.5, 130, 457 or 674 M parameters (default: B)")
-    add("--patch", type=int, help="side of a patch (default: of latents 1, of pixels resolution / 16, at least 2)")
-    add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive", help="(default: off; alone: adaptive)")
-    add("--layer", help="block of the feature (default: of B 8, imagenet 9, --cond 10; [P] Tab. 10)")
-    add("--cond", action="store_true", help="class-conditional")
-    add("--qk-norm", action="store_true", help="RMSNorm of queries and keys")
+    add("--size", choices=SIZES, default="B", help="0.5, 130, 457 or 674 M parameters; tiny is for CPUs (default: B)")
+    add("--patch", type=int, metavar="N", help="side of a patch (default: latents 1; pixels 2, at 64 pixels 4)")
+    add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive",
+        help="self-conditioning; add is an ablation (default: off; without a value: adaptive)")
+    add("--layer", metavar="L", help="block whose feature is fed back, contrasted and probed, 1 .. (default: tiny 4, "
+        "B 8, L 16, XL 19; of imagenet B 9, with --cond 10)")
+    add("--cond", action="store_true", help="class-conditional: the network is told the class")
+    add("--qk-norm", action="store_true",
+        help="RMSNorm of queries and keys, as some public weights have (default: off)")
     add = parser.add_argument_group("contrastive loss").add_argument
-    add("--cl", type=float, metavar="GAMMA", default=0.0, help="its weight (default: 0, off; [P] 0.01)")
-    add("--cl-t", type=float, metavar="TIME", help="time of teacher and probe.py (default: latents 0.25, pixels 0.06)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0, help="its weight; the paper's is 0.01 (default: 0, off)")
+    add("--cl-t", type=float, metavar="TIME", help="noise level of teacher and probe.py, from 0 (data) to 1 (noise) "
+        "(default: latents 0.25, pixels 0.06)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100, or a folder in --data (default: shapes)")
     add("--data", default="./data", metavar="ROOT", help="holds NAME/{train,test}/<class>/* (default: ./data)")
-    add("--resolution", type=int, help="pixels (default: shapes 16, CIFAR 32, others 64, for latents 256)")
-    add("--cache-latents", metavar="DIR", type=os.path.abspath, help="train on latents; --vae first makes them there")
+    add("--resolution", type=int, metavar="N", help="pixels (default: shapes 16, CIFAR 32, others 64, for latents 256)")
+    add("--cache-latents", metavar="DIR", type=os.path.abspath,
+        help="train on latents that are kept there; --vae makes them first")
     add("--vae", metavar="FILE", type=os.path.abspath, help="VA-VAE f16d32, for making latents and decoding samples")
-    add("--latent-stats", metavar="FILE", help="mean and std, of public weights (default: from images)")
-    add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
-    add("--epochs", type=int, help="(default: latents 1400, with --cond 1000, imagenet 90; pixels 2000; tiny 8)")
-    add("--batch", type=int, help="images per step, over all ranks (default: 1024; tiny 16)")
-    add("--accum", type=int, default=1, help="passes that a batch is cut into, each with its own keys (default: 1)")
+    add("--latent-stats", metavar="FILE", help="mean and std that public weights were trained with (default: measured)")
+    add = parser.add_argument_group("optimisation (the paper's Tab. 11)").add_argument
+    add("--epochs", type=int, metavar="N",
+        help="(default: latents 1400, with --cond 1000, imagenet 90; pixels 2000; tiny 8)")
+    add("--batch", type=int, metavar="N", help="images per step, over all GPUs (default: 1024; tiny 16)")
+    add("--accum", type=int, metavar="N", default=1, help="passes that a batch is cut into, to save memory; each "
+        "contrasts its own images (default: 1)")
     add("--lr", type=float, help="(default: 2e-4; tiny 2e-3)")
     add("--ema", type=float, help="EMA decay per step (default: 0.9999; tiny 0.999)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto, bf16 where it is fast)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="precision; auto: bf16 where it is fast, else GPUs fp16, CPUs off (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--seed", type=int, metavar="N", default=0, help="of weights, order and noise (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run (default: runs/<a name made from the flags>)")
+    add("--out", metavar="DIR", help="folder of the run (default: runs/<a name made from the flags>)")
     add("--resume", action="store_true", help="go on with the run in --out; flags that are not given are the run's")
-    add("--init", metavar="FILE", help="start from official weights, or from a run's")
-    add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs; imagenet 20)")
-    add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint of its weights")
+    add("--init", metavar="FILE", help="start from public weights of this network, or from a run's")
+    add("--save-every", type=int, metavar="N",
+        help="epochs between epoch_NNNN.pt (default: a tenth of --epochs; imagenet 20)")
+    add("--max-steps", type=int, metavar="N",
+        help="stop after N steps; 0 with --init makes a checkpoint of its weights")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = read_flags(parser, argv)
     if (args.vae or args.latent_stats) and not args.cache_latents:
@@ -1192,8 +1222,8 @@ class Objective(nn.Module):
 
     def forward(self, x0, level, noise, y, aug, key):
         """The loss of one view, and what to log: diffusion loss + gamma contrastive loss. [P]"""
-        loss, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
-        losses = {"loss_diffusion": loss}
+        loss, unweighted, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
+        losses = {"loss_diffusion": loss, "loss_unweighted": unweighted}
         if key is not None:
             query = self.head(feat, e_t)  # of the same pass as the diffusion loss
             losses["loss_contrast"] = moco_loss(query, key)
@@ -1270,10 +1300,13 @@ def main(args):
         log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
+        if args.resume:
+            first, last = (learning_rate(args, i, per_epoch, total) for i in (step, max(step, end - 1)))
+            print(f"going on from step {step} to {end}, learning rate {first:.2g} now, {last:.2g} at the end")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
     next_save = time.time() + 60  # the first after a minute
-    generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
+    generator, signals, stop = torch.Generator(device), catch_stop_signals(rank), False
     while step < end and not stop:
         # 1. Random numbers. They follow from (seed, step), so a resumed run repeats them. Each rank draws them for the
         #    whole batch and uses its own rows, so that they do not depend on the number of ranks.
@@ -1334,11 +1367,13 @@ def main(args):
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
                 if keep or step == end:
-                    save_grid(args, average.net, diffusion, device, epoch)
+                    name = f"{epoch:04d}" if step % per_epoch == 0 else "last"
+                    save_grid(args, average.net, diffusion, device, name)
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
+        log.bar.update(step - log.bar.n)
         log.bar.close()
         print(f"{args.out}/last.pt, step {step}; next: " + ("add --resume" if stop else f"python probe.py {args.out}"))
     if stop:
@@ -1349,3 +1384,5 @@ if __name__ == "__main__":
         main(parse_args())
     except OSError as error:  # a full disk, no permission
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped at once; what had been saved is kept", status=130)

@@ -28,6 +28,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -74,6 +75,7 @@ TINY = {"epochs": 5, "batch": 32, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl
 NEW_WEIGHTS = ("self_cond.", "time_emb.aug_emb.")  # what [P] adds to the official networks
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64
 LOG_EVERY = 10  # steps
+SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # so that tools notice an edit
 
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
@@ -350,10 +352,11 @@ class DDPM(Formulation):
         return self.add_noise(x0, level, noise), t
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error of the predicted noise, and (feat, e_t) of the same pass."""
+        """Mean squared error of the predicted noise, twice (EDM weights one), and (feat, e_t) of the pass."""
         x_t, t = self.inputs(x0, level, noise)
         eps_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
-        return F.mse_loss(eps_hat.float(), noise), (feat, e_t)
+        loss = F.mse_loss(eps_hat.float(), noise)
+        return loss, loss, (feat, e_t)
 
     def sample(self, net, noise, steps=100, y=None):
         """DDIM, eta 0, in at least `steps` steps: noise (B, C, H, W) -> x0. [DDIM] Eq. 12; x0 clipped as in [DDAE]."""
@@ -418,17 +421,20 @@ class EDM(Formulation):
         return c_in * self.add_noise(x0, level, noise), c_noise.flatten()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Squared error of D, weighted by 1 / c_out^2, and (feat, e_t) of the same pass."""
+        """The loss to train with, the same without learned weights, to compare runs, and (feat, e_t) of the pass.
+        Squared error of D, weighted by 1 / c_out^2.
+        """
         c_skip, c_out, _, _ = self.scalings(per_image(level, x0))
         x, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x, t, y, aug, with_feat=True)
         x0_hat = c_skip * self.add_noise(x0, level, noise) + c_out * output.float()
         loss = ((x0_hat - x0) ** 2 / c_out**2).mean(dim=(1, 2, 3))  # (B,)
+        unweighted = loss.mean()
         if self.uncertainty is not None:  # [P] with augmentation
             with torch.autocast(x0.device.type, enabled=False):
                 u = self.uncertainty(t)  # t is ln(sigma) / 4
             loss = loss / u.exp() + u
-        return loss.mean(), (feat, e_t)
+        return loss.mean(), unweighted, (feat, e_t)
 
     def denoise(self, net, x_t, sigma, y=None):
         """D(x_t; sigma), the x0_hat (B, C, H, W) float32 of x_t at noise sigma. [EDM] Eq. 7"""
@@ -480,10 +486,11 @@ class RF(Formulation):
         return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error of the velocity, and (feat, e_t) of the same pass."""
+        """Mean squared error of the velocity, the same once more, and (feat, e_t) of the pass."""
         x_t, t = self.inputs(x0, level, noise)
         v_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
-        return F.mse_loss(v_hat.float(), noise - x0), (feat, e_t)
+        loss = F.mse_loss(v_hat.float(), noise - x0)
+        return loss, loss, (feat, e_t)
 
     def sample(self, net, noise, y=None):
         """Integrate dx/dt = v from t = 1 to 0 by adaptive RK45: noise (B, C, H, W) -> x0, not clipped.
@@ -907,13 +914,19 @@ def epoch_order(seed, epoch, n, device):
     generator = torch.Generator().manual_seed(stream_seed(seed, ORDER, epoch))
     return torch.randperm(n, generator=generator).to(device)
 
-def catch_stop_signals():
+def catch_stop_signals(rank):
     """The list returned receives each signal that asks the run to stop, so that the loop can end its step and save."""
     received = []
+    def note(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt  # the second Ctrl-C
+        received.append(number)
+        if number == signal.SIGINT and rank == 0:
+            tqdm.write("finishing this step, then saving; once more to stop at once", file=sys.stderr)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         number = getattr(signal, name, signal.SIGTERM)  # Windows has not all of them
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, lambda number, frame: received.append(number))
+            signal.signal(number, note)
     return received
 
 def save_checkpoint(path, state):
@@ -966,7 +979,8 @@ def load_weights(net, path):
 
 def save_run(args, parts, epoch, step, keep):
     """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
-    state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args)}
+    state.update(epoch=epoch, step=step)
     state["ema"] = parts["average"].net.state_dict()
     if keep:
         save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", state)
@@ -999,9 +1013,13 @@ class Log:
         self.job, self.args_file = uuid.uuid4().hex, Path(args.out, "args.json")
         self.args_file.write_text(json.dumps({**vars(args), "job": self.job}, indent=2))
         self.file = Path(args.out, "metrics.jsonl")
-        lines = [json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__, **facts})]
+        lines = []
         if step > 0 and self.file.is_file():  # steps after the last save are repeated
-            lines = self.file.read_text(errors="replace").splitlines()[: 1 + step // LOG_EVERY] or lines
+            for line in self.file.read_text(errors="replace").splitlines():
+                found = re.match(r'{"step": (\d+), .*}$', line)
+                if found and int(found[1]) <= step:
+                    lines.append(line)
+        lines.append(json.dumps({"step": step, "args": vars(args), "torch": torch.__version__, **facts}))
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("\n".join(lines) + "\n")
         os.replace(temporary, self.file)
@@ -1021,14 +1039,18 @@ class Log:
             file.write(json.dumps({"step": step, **values, "img_per_s": speed}) + "\n")
 
 @torch.no_grad()
-def save_grid(args, net, diffusion, device, epoch):
-    """samples_NNNN.png: 64 samples (16 on a CPU) of the EMA network, in every epoch from the same noise."""
+def save_grid(args, net, diffusion, device, name):
+    """samples_NAME.png: 64 samples (16 on a CPU) of the EMA network, each time from the same noise."""
     side = 8 if device.type == "cuda" else 4
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C need not wait
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(side**2, *net.shape, generator=generator).to(device)
     y = torch.arange(side**2, device=device) % net.classes if net.classes else None
     images = to_uint8(diffusion.sample(net, noise, y=y))
-    save_image(images / 255, f"{args.out}/samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
+    scale = math.ceil(64 / images.shape[2])  # tiles of 64 pixels or more
+    images = F.interpolate(images / 255, scale_factor=scale, mode="nearest")
+    save_image(images, f"{args.out}/samples_{name}.png", nrow=side, padding=2, pad_value=1)
+    signal.signal(signal.SIGINT, handler)
 
 # ---- 8. Flags ----------------------------------
 # Flags that make the default name of a run
@@ -1040,33 +1062,45 @@ def parse_args(argv=None):
     parser.set_defaults(cond=False)  # no flag: the UNets of [P] are unconditional
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=["ddpm", "edm", "rf"], default="ddpm", help="formulation (default: ddpm)")
-    add("--backbone", choices=BACKBONES, default="ddpm", help="35.7, 56.5, 1.7 M weights (default: ddpm)")
-    add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive", help="(default: off; alone: adaptive)")
-    add("--layer", help="block of the feature, out_1 .. (default: as [P] Tab. 10, out_6 to out_9; tiny out_2)")
+    add("--backbone", choices=BACKBONES, default="ddpm",
+        help="35.7, 56.5 or 1.7 M parameters; tiny is for CPUs (default: ddpm)")
+    add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive",
+        help="self-conditioning; add is an ablation (default: off; without a value: adaptive)")
+    add("--layer", metavar="L",
+        help="decoder block whose feature is fed back, contrasted and probed, out_1 .. (default: tiny out_2; else "
+        "out_5 to out_9, as in Tab. 10 for each model and data set; a run prints it)")
     add = parser.add_argument_group("augmentation and contrastive loss").add_argument
-    add("--aug", type=float, metavar="P", help="probability of each transform (default: 0, with --cl 0.12)")
-    add("--cl", type=float, metavar="GAMMA", default=0.0, help="contrastive weight (default: 0, off; [P] 0.01)")
-    add("--cl-head", choices=["time", "moco"], default="time", help="projector of [P], or MoCo's (default: time)")
-    add("--cl-t", type=float, metavar="LEVEL", help="level of teacher and probe.py (default: 11 of ddpm, else 0.06)")
+    add("--aug", type=float, metavar="P", help="EDM's augmentation: probability of each transform (default: 0, with "
+        "--cl 0.12)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the contrastive loss; the paper's is 0.01 "
+        "(default: 0, off)")
+    add("--cl-head", choices=["time", "moco"], default="time", help="projector that depends on time, or MoCo v3's "
+        "(default: time)")
+    add("--cl-t", type=float, metavar="LEVEL", help="noise level of teacher and probe.py: ddpm a step 0 .. 1000, edm a "
+        "sigma 0.002 .. 80, rf a time 0 .. 1 (default: ddpm 11; edm 0.06, at 64 pixels 0.2964; rf 0.06)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100, or a folder in --data (default: shapes)")
     add("--data", default="./data", metavar="ROOT", help="holds NAME/{train,test}/<class>/* (default: ./data)")
-    add("--resolution", type=int, help="pixels (default: shapes 16, CIFAR 32, others 64)")
-    add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
-    add("--epochs", type=int, help="(default: 2000; tiny 5)")
-    add("--batch", type=int, help="images per step, over all ranks (default: ddpm 512, ddpmpp 256, tiny 32)")
-    add("--accum", type=int, default=1, help="passes that a batch is cut into, each with its own keys (default: 1)")
+    add("--resolution", type=int, metavar="N", help="pixels (default: shapes 16, CIFAR 32, others 64)")
+    add = parser.add_argument_group("optimisation (the paper's Tab. 11)").add_argument
+    add("--epochs", type=int, metavar="N", help="(default: 2000; tiny 5)")
+    add("--batch", type=int, metavar="N",
+        help="images per step, over all GPUs (default: ddpm 512, ddpmpp 256, tiny 32)")
+    add("--accum", type=int, metavar="N", default=1, help="passes that a batch is cut into, to save memory; each "
+        "contrasts its own images (default: 1)")
     add("--lr", type=float, help="after a warm-up of 13 epochs, EDM 200 (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="EMA decay (default: 0.9999, EDM 0.9993, tiny 0.999)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto, bf16 where it is fast)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="precision; auto: bf16 where it is fast, else GPUs fp16, CPUs off (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--seed", type=int, metavar="N", default=0, help="of weights, order and noise (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run (default: runs/<a name made from the flags>)")
+    add("--out", metavar="DIR", help="folder of the run (default: runs/<a name made from the flags>)")
     add("--resume", action="store_true", help="go on with the run in --out; flags that are not given are the run's")
-    add("--init", metavar="FILE", help="start from official weights, or from a run's")
-    add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
-    add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint of its weights")
+    add("--init", metavar="FILE", help="start from public weights of this network, or from a run's")
+    add("--save-every", type=int, metavar="N", help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
+    add("--max-steps", type=int, metavar="N",
+        help="stop after N steps; 0 with --init makes a checkpoint of its weights")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = read_flags(parser, argv)
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
@@ -1151,8 +1185,8 @@ class Objective(nn.Module):
 
     def forward(self, x0, level, noise, y, aug, key):
         """The loss of one view, and what to log: diffusion loss + gamma contrastive loss. [P]"""
-        loss, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
-        losses = {"loss_diffusion": loss}
+        loss, unweighted, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
+        losses = {"loss_diffusion": loss, "loss_unweighted": unweighted}
         if key is not None:
             query = self.head(feat, e_t)  # of the same pass as the diffusion loss
             losses["loss_contrast"] = moco_loss(query, key)
@@ -1229,10 +1263,13 @@ def main(args):
         log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
+        if args.resume:
+            first, last = (learning_rate(args, i, per_epoch, total) for i in (step, max(step, end - 1)))
+            print(f"going on from step {step} to {end}, learning rate {first:.2g} now, {last:.2g} at the end")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
     next_save = time.time() + 60  # the first after a minute
-    generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
+    generator, signals, stop = torch.Generator(device), catch_stop_signals(rank), False
     while step < end and not stop:
         # 1. Random numbers. They follow from (seed, step), so a resumed run repeats them. Each rank draws them for the
         #    whole batch and uses its own rows, so that they do not depend on the number of ranks.
@@ -1293,11 +1330,13 @@ def main(args):
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
                 if keep or step == end:
-                    save_grid(args, average.net, diffusion, device, epoch)
+                    name = f"{epoch:04d}" if step % per_epoch == 0 else "last"
+                    save_grid(args, average.net, diffusion, device, name)
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
+        log.bar.update(step - log.bar.n)
         log.bar.close()
         print(f"{args.out}/last.pt, step {step}; next: " + ("add --resume" if stop else f"python probe.py {args.out}"))
     if stop:
@@ -1308,3 +1347,5 @@ if __name__ == "__main__":
         main(parse_args())
     except OSError as error:  # a full disk, no permission
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped at once; what had been saved is kept", status=130)

@@ -28,6 +28,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -64,6 +65,7 @@ TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "coold
 NEW_WEIGHTS = ("cls_token", "cls_pos_embed", "aug_emb.")  # what [P] adds to the official network
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64
 LOG_EVERY = 10  # steps
+SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # so that tools notice an edit
 
 # ---- 2. Backbone -------------------------------
 # Another backbone needs the attributes shape (C, H, W), classes (0: unconditional), layers (names by depth), layer (the
@@ -134,6 +136,8 @@ class UViT(nn.Module):
         self.layers = [*encoder, "mid", *decoder]
         if resolution % patch != 0:
             raise ValueError(f"patches of {patch} do not divide {resolution} pixels")
+        if depth % 2 == 0 or width % (2 * heads) != 0:
+            raise ValueError(f"depth {depth} must be odd, and width {width} a multiple of 2 x {heads} heads")
         if feat_pool == "cls" and not cls_token:
             raise ValueError("the feature cls (--cl-target) needs --cls-token")
         if layer not in self.layers:
@@ -302,10 +306,11 @@ class DDPM(Formulation):
         return self.add_noise(x0, level, noise), t
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error of the predicted noise, and (feat, e_t) of the same pass."""
+        """Mean squared error of the predicted noise, twice (EDM weights one), and (feat, e_t) of the pass."""
         x_t, t = self.inputs(x0, level, noise)
         eps_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
-        return F.mse_loss(eps_hat.float(), noise), (feat, e_t)
+        loss = F.mse_loss(eps_hat.float(), noise)
+        return loss, loss, (feat, e_t)
 
     def sample(self, net, noise, steps=100, y=None):
         """DDIM, eta 0, in at least `steps` steps: noise (B, C, H, W) -> x0. [DDIM] Eq. 12; x0 clipped as in [DDAE]."""
@@ -727,13 +732,19 @@ def epoch_order(seed, epoch, n, device):
     generator = torch.Generator().manual_seed(stream_seed(seed, ORDER, epoch))
     return torch.randperm(n, generator=generator).to(device)
 
-def catch_stop_signals():
+def catch_stop_signals(rank):
     """The list returned receives each signal that asks the run to stop, so that the loop can end its step and save."""
     received = []
+    def note(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt  # the second Ctrl-C
+        received.append(number)
+        if number == signal.SIGINT and rank == 0:
+            tqdm.write("finishing this step, then saving; once more to stop at once", file=sys.stderr)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         number = getattr(signal, name, signal.SIGTERM)  # Windows has not all of them
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, lambda number, frame: received.append(number))
+            signal.signal(number, note)
     return received
 
 def save_checkpoint(path, state):
@@ -786,7 +797,8 @@ def load_weights(net, path):
 
 def save_run(args, parts, epoch, step, keep):
     """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
-    state = {"script": Path(__file__).stem, "args": vars(args), "epoch": epoch, "step": step}
+    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args)}
+    state.update(epoch=epoch, step=step)
     state["ema"] = parts["average"].net.state_dict()
     if keep:
         save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", state)
@@ -819,9 +831,13 @@ class Log:
         self.job, self.args_file = uuid.uuid4().hex, Path(args.out, "args.json")
         self.args_file.write_text(json.dumps({**vars(args), "job": self.job}, indent=2))
         self.file = Path(args.out, "metrics.jsonl")
-        lines = [json.dumps({"step": 0, "args": vars(args), "torch": torch.__version__, **facts})]
+        lines = []
         if step > 0 and self.file.is_file():  # steps after the last save are repeated
-            lines = self.file.read_text(errors="replace").splitlines()[: 1 + step // LOG_EVERY] or lines
+            for line in self.file.read_text(errors="replace").splitlines():
+                found = re.match(r'{"step": (\d+), .*}$', line)
+                if found and int(found[1]) <= step:
+                    lines.append(line)
+        lines.append(json.dumps({"step": step, "args": vars(args), "torch": torch.__version__, **facts}))
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("\n".join(lines) + "\n")
         os.replace(temporary, self.file)
@@ -841,14 +857,18 @@ class Log:
             file.write(json.dumps({"step": step, **values, "img_per_s": speed}) + "\n")
 
 @torch.no_grad()
-def save_grid(args, net, diffusion, device, epoch):
-    """samples_NNNN.png: 64 samples (16 on a CPU) of the EMA network, in every epoch from the same noise."""
+def save_grid(args, net, diffusion, device, name):
+    """samples_NAME.png: 64 samples (16 on a CPU) of the EMA network, each time from the same noise."""
     side = 8 if device.type == "cuda" else 4
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C need not wait
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(side**2, *net.shape, generator=generator).to(device)
     y = torch.arange(side**2, device=device) % net.classes if net.classes else None
     images = to_uint8(diffusion.sample(net, noise, y=y))
-    save_image(images / 255, f"{args.out}/samples_{epoch:04d}.png", nrow=side, padding=2, pad_value=1)
+    scale = math.ceil(64 / images.shape[2])  # tiles of 64 pixels or more
+    images = F.interpolate(images / 255, scale_factor=scale, mode="nearest")
+    save_image(images, f"{args.out}/samples_{name}.png", nrow=side, padding=2, pad_value=1)
+    signal.signal(signal.SIGINT, handler)
 
 # ---- 8. Flags ----------------------------------
 NAMED = ("size", "patch", "cls_token", "layer", "cond", "aug", "cl", "cl_head", "cl_t", "cl_target", "ema", "seed")
@@ -858,36 +878,45 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0])
     parser.set_defaults(model="ddpm")  # formulation; no flag
     add = parser.add_argument_group("model").add_argument
-    add("--size", choices=SIZES, default="S", help="0.3, 44.3 or 130 M parameters (default: S)")
-    add("--patch", type=int, help="side of a patch in pixels (default: 2, at 64 pixels 4)")
-    add("--cls-token", action="store_true", help="self-conditioning: add the [CLS] token")
-    add("--layer", help="block of the feature: in_1 .. mid .. out_n (default: out_2, at 64 pixels out_1; [P] Tab. 10)")
-    add("--cond", action="store_true", help="class-conditional")
+    add("--size", choices=SIZES, default="S", help="0.3, 44.3 or 130 M parameters; tiny is for CPUs (default: S)")
+    add("--patch", type=int, metavar="N", help="side of a patch in pixels (default: 2, at 64 pixels 4)")
+    add("--cls-token", action="store_true", help="self-conditioning, by a [CLS] token (default: off)")
+    add("--layer", metavar="L", help="block whose feature is contrasted and probed: in_1 .. mid .. out_n "
+        "(default: out_2, at 64 pixels out_1)")
+    add("--cond", action="store_true", help="class-conditional: the network is told the class")
     add = parser.add_argument_group("augmentation and contrastive loss").add_argument
-    add("--aug", type=float, metavar="P", help="probability of each transform (default: 0, with --cl 0.12)")
-    add("--cl", type=float, metavar="GAMMA", default=0.0, help="contrastive weight (default: 0, off; [P] 0.01)")
-    add("--cl-head", choices=["time", "moco"], default="time", help="projector of [P], or MoCo's (default: time)")
-    add("--cl-t", type=float, metavar="STEP", help="level of teacher and probe.py (default: 11; at 64 pixels 66)")
-    add("--cl-target", choices=["cls", "gap"], help="[CLS] or the patches' mean (default: cls with --cls-token)")
+    add("--aug", type=float, metavar="P", help="EDM's augmentation: probability of each transform (default: 0, with "
+        "--cl 0.12)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the contrastive loss; the paper's is 0.01 "
+        "(default: 0, off)")
+    add("--cl-head", choices=["time", "moco"], default="time", help="projector that depends on time, or MoCo v3's "
+        "(default: time)")
+    add("--cl-t", type=float, metavar="STEP", help="noise level of teacher and probe.py, from 0 (clean) to 1000 "
+        "(default: 11; at 64 pixels 66)")
+    add("--cl-target", choices=["cls", "gap"], help="feature that is contrasted: the [CLS] token or the patches' mean "
+        "(default: with --cls-token cls, else gap)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100, or a folder in --data (default: shapes)")
     add("--data", default="./data", metavar="ROOT", help="holds NAME/{train,test}/<class>/* (default: ./data)")
-    add("--resolution", type=int, help="pixels (default: shapes 16, CIFAR 32, others 64)")
-    add = parser.add_argument_group("optimisation ([P] Tab. 11)").add_argument
-    add("--epochs", type=int, help="(default: 2000; tiny 8)")
-    add("--batch", type=int, help="images per step, over all ranks (default: 256; tiny 16)")
-    add("--accum", type=int, default=1, help="passes that a batch is cut into, each with its own keys (default: 1)")
+    add("--resolution", type=int, metavar="N", help="pixels (default: shapes 16, CIFAR 32, others 64)")
+    add = parser.add_argument_group("optimisation (the paper's Tab. 11)").add_argument
+    add("--epochs", type=int, metavar="N", help="(default: 2000; tiny 8)")
+    add("--batch", type=int, metavar="N", help="images per step, over all GPUs (default: 256; tiny 16)")
+    add("--accum", type=int, metavar="N", default=1, help="passes that a batch is cut into, to save memory; each "
+        "contrasts its own images (default: 1)")
     add("--lr", type=float, help="after warm-up (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="EMA decay per step (default: 0.9999; tiny 0.999)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto, bf16 where it is fast)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="precision; auto: bf16 where it is fast, else GPUs fp16, CPUs off (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--seed", type=int, metavar="N", default=0, help="of weights, order and noise (default: 0)")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run (default: runs/<a name made from the flags>)")
+    add("--out", metavar="DIR", help="folder of the run (default: runs/<a name made from the flags>)")
     add("--resume", action="store_true", help="go on with the run in --out; flags that are not given are the run's")
-    add("--init", metavar="FILE", help="start from official weights, or from a run's")
-    add("--save-every", type=int, help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
-    add("--max-steps", type=int, help="stop there; 0 with --init makes a checkpoint of its weights")
+    add("--init", metavar="FILE", help="start from public weights of this network, or from a run's")
+    add("--save-every", type=int, metavar="N", help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
+    add("--max-steps", type=int, metavar="N",
+        help="stop after N steps; 0 with --init makes a checkpoint of its weights")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = read_flags(parser, argv)
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)
@@ -971,8 +1000,8 @@ class Objective(nn.Module):
 
     def forward(self, x0, level, noise, y, aug, key):
         """The loss of one view, and what to log: diffusion loss + gamma contrastive loss. [P]"""
-        loss, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
-        losses = {"loss_diffusion": loss}
+        loss, unweighted, (feat, e_t) = self.diffusion.loss(self.net, x0, level, noise, y, aug)
+        losses = {"loss_diffusion": loss, "loss_unweighted": unweighted}
         if key is not None:
             query = self.head(feat, e_t)  # of the same pass as the diffusion loss
             losses["loss_contrast"] = moco_loss(query, key)
@@ -1049,10 +1078,13 @@ def main(args):
         log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
+        if args.resume:
+            first, last = (learning_rate(args, i, per_epoch, total) for i in (step, max(step, end - 1)))
+            print(f"going on from step {step} to {end}, learning rate {first:.2g} now, {last:.2g} at the end")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
     next_save = time.time() + 60  # the first after a minute
-    generator, signals, stop = torch.Generator(device), catch_stop_signals(), False
+    generator, signals, stop = torch.Generator(device), catch_stop_signals(rank), False
     while step < end and not stop:
         # 1. Random numbers. They follow from (seed, step), so a resumed run repeats them. Each rank draws them for the
         #    whole batch and uses its own rows, so that they do not depend on the number of ranks.
@@ -1113,11 +1145,13 @@ def main(args):
                     save_run(args, parts, epoch, step, keep)
                     next_save = time.time() + 900
                 if keep or step == end:
-                    save_grid(args, average.net, diffusion, device, epoch)
+                    name = f"{epoch:04d}" if step % per_epoch == 0 else "last"
+                    save_grid(args, average.net, diffusion, device, name)
     if world > 1:
         del ddp  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
+        log.bar.update(step - log.bar.n)
         log.bar.close()
         print(f"{args.out}/last.pt, step {step}; next: " + ("add --resume" if stop else f"python probe.py {args.out}"))
     if stop:
@@ -1128,3 +1162,5 @@ if __name__ == "__main__":
         main(parse_args())
     except OSError as error:  # a full disk, no permission
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped at once; what had been saved is kept", status=130)

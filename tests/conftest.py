@@ -77,8 +77,9 @@ def fewer_shapes():
 
 
 def metrics(out):
-    """The lines of a run's metrics.jsonl after its first, which says what was run."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    """The lines of a run's metrics.jsonl, but those that say what was run: the first, and one of each resume."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "args" not in line]
 
 
 def load(out, name="last.pt"):

@@ -575,15 +575,15 @@ def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
     for wrong, says in ((tmp_path / "none.pt", "No such file"), (cached[0] / "last.pt", "is not the file"),
                         (tmp_path / "other.pt", "is not the file")):  # fmt: skip
         with refused(capsys, says):
-            sample.main(sample.parse_args([run, "--n", "1", "--steps", "1", "--vae", str(wrong)]))
+            sample.run_tool(sample.main, sample.parse_args([run, "--n", "1", "--steps", "1", "--vae", str(wrong)]))
 
 
 def test_sample_grids_of_latents_are_decoded_where_there_is_a_vae(pictures, cached, tmp_path):
     *_, args = open_cache(cached[1], *pictures[1], "--out", tmp_path)
     net, diffusion = D.build(args)
     diffusion.sample = lambda net, noise, y: noise
-    GRID(args, net, diffusion, torch.device("cpu"), 7)
-    assert Image.open(tmp_path / "samples_0007.png").size == (4 * 34 + 2, 4 * 34 + 2)
+    GRID(args, net, diffusion, torch.device("cpu"), "0007")
+    assert Image.open(tmp_path / "samples_0007.png").size == (4 * 66 + 2, 4 * 66 + 2)
     for epoch, vae in ((8, None), (9, str(tmp_path / "none.pt"))):
         args.vae = vae
         GRID(args, net, diffusion, torch.device("cpu"), epoch)
@@ -609,4 +609,4 @@ def test_guidance_flags_reach_the_sampler_and_nothing_else_takes_them(tmp_path, 
         ("cond", ["--steps", "0"], "--steps"),
     ):  # fmt: skip
         with refused(capsys, says):
-            sample.main(sample.parse_args([str(tmp_path / path), "--n", "1", "--steps", "1", *flags]))
+            sample.run_tool(sample.main, sample.parse_args([str(tmp_path / path), "--n", "1", "--steps", "1", *flags]))

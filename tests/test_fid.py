@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 import fid
+import sample
 import train_dit
 import train_unet
 import train_uvit
@@ -75,13 +76,15 @@ def write_folder(path, images):
 
 
 def run(*argv):
-    fid.main(fid.parse_args([*map(str, argv), "--device", "cpu"]))
+    sample.run_tool(fid.main, fid.parse_args([*map(str, argv), "--device", "cpu"]))
 
 
 def error_of(capsys, call, *argv):
-    """The one error line of a call that must end with exit status 2."""
-    with pytest.raises(SystemExit) as stop:
+    """What a call says that must end with exit status 2 and one line, or raise what becomes that."""
+    with pytest.raises((SystemExit, sample.UserError)) as stop:
         call(*argv)
+    if stop.type is sample.UserError:
+        return str(stop.value)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1
     return lines[0]
@@ -257,25 +260,15 @@ def test_bad_images(capsys, tmp_path):
     write_npz(npz, random_images(3))
     whole = npz.read_bytes()
     array = np.array([{"pickled": 1}], dtype=object)
-    bomb = bytearray(whole)  # as the directory at the end has it, the array unpacks to 4 GB
-    at = bomb.rindex(b"PK\1\2")
-    bomb[at + 24 : at + 28] = b"\xff\xff\xff\xfe"
-    for content in (whole[:500], b"not an npz", bytes(bomb), whole[:-100] + b"x" * 100):
+    for content in (whole[:500], b"not an npz", whole[:-100] + b"x" * 100):
         npz.write_bytes(content)
         assert "cannot be read" in error_of(capsys, first, npz)
     write_npz(npz, array)
-    assert "cannot be read" in error_of(capsys, first, npz)
-    with zipfile.ZipFile(npz, "w") as file, file.open("arr_0.npy", "w") as npy:  # 90 TB, by its header
-        shape = {"descr": "|u1", "fortran_order": False, "shape": (30, 10**6, 10**6, 3)}
-        np.lib.format.write_array_header_1_0(npy, shape)
     assert "cannot be read" in error_of(capsys, first, npz)
     write_npz(npz, random_images(3).astype(np.float32))
     assert "uint8" in error_of(capsys, first, npz)
     np.savez(npz, mu=np.zeros(2048))
     assert "no arr_0" in error_of(capsys, first, npz)
-    npz.unlink()
-    os.mkfifo(npz)
-    assert "cannot be read" in error_of(capsys, first, npz)
 
 
 def png(pixels, colour, *chunks):
@@ -295,7 +288,7 @@ def test_every_kind_of_image(tmp_path):
     path, rng = tmp_path / "a.png", np.random.RandomState(0)
 
     def check(want):
-        assert np.array_equal(np.asarray(fid.open_image(path)), want)
+        assert np.array_equal(np.asarray(train_unet.open_image(path)), want)
 
     for channels, colour in ((1, 0), (3, 2)):
         deep = rng.randint(65536, size=(6, 4, channels)).astype(">u2")
@@ -308,7 +301,7 @@ def test_every_kind_of_image(tmp_path):
         for deep in (False, True):
             raw = np.concatenate([pixels, alpha], 2)
             path.write_bytes(png((raw * np.uint16(257)).astype(">u2") if deep else raw, colour))
-            gap = np.asarray(fid.open_image(path)) - np.repeat(on_white, 3 // channels, 2)
+            gap = np.asarray(train_unet.open_image(path)) - np.repeat(on_white, 3 // channels, 2)
             assert np.abs(gap).max() <= 1
     pixels = rng.randint(256, size=(6, 4, 3)).astype(np.uint8)
     clear = pixels.copy()
@@ -339,10 +332,10 @@ def test_what_is_no_image(tmp_path):
     path, rng = tmp_path / "a.png", random.Random(0)
     Image.new("1", (30000, 30000)).save(path)
     with pytest.raises(Image.DecompressionBombError):
-        fid.open_image(path)
+        train_unet.open_image(path)
     Image.new("RGB", (4, 6)).save(path, format="PPM")  # few formats: for some, Pillow starts other programs
     with pytest.raises(ValueError, match="is a PPM"):
-        fid.open_image(path)
+        train_unet.open_image(path)
     ends = []
     for kind in ("PNG", "JPEG", "WEBP", "BMP"):
         exif = Image.Exif()
@@ -357,7 +350,7 @@ def test_what_is_no_image(tmp_path):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    ends.append(fid.open_image(path).mode)
+                    ends.append(train_unet.open_image(path).mode)
             except Exception:
                 ends.append("refused")
     assert set(ends) == {"RGB", "refused"} and 20 < ends.count("refused") < 150
@@ -368,14 +361,16 @@ def test_what_is_no_image(tmp_path):
 def training_set(monkeypatch):
     """What load_data returns, to be changed by a test."""
     pictures = torch.from_numpy(random_images(6)).permute(0, 3, 1, 2).contiguous()
-    monkeypatch.setattr(train_unet, "load_data", lambda args, split: (pictures, torch.zeros(6), ["one"]))
+    for script in (train_unet, train_uvit, train_dit):
+        monkeypatch.setattr(script, "load_data", lambda args, split: (pictures, torch.zeros(6), ["one"]))
     return pictures
 
 
 def make_reference(tmp_path, *argv, size=16):
-    samples = fid.Images("samples", 6, (size, size), None)
+    """Mean, covariance, and what they were made from."""
     args = fid.parse_args(["samples.npz", "--data", str(tmp_path), "--allow-few", *argv])
-    return fid.reference(None, samples, FakeInception(), args, 0, 1)
+    gaussian, made_from = fid.reference(None, (size, size), FakeInception(), args, 0, 1)
+    return *gaussian, made_from
 
 
 def test_reference_cache(capsys, monkeypatch, tmp_path, training_set):

@@ -129,7 +129,7 @@ def test_compiled_bf16_agrees_with_float32(name, tmp_path):
             x_t, t = diffusion.to(device).inputs(second["x0"], args.cl_t, second["noise"])
             with torch.no_grad():
                 key, _ = encode(x_t, t, aug=second["aug"])
-            loss, (feat, e_t) = diffusion.loss(recorded, **view)
+            loss, _, (feat, e_t) = diffusion.loss(recorded, **view)
             (loss + (feat * direction.to(device)).mean(1).sum()).backward()
         outputs = {"key": key, "prediction": seen[0], "loss": loss, "feat": feat, "e_t": e_t}
         return outputs, {name: p.grad for name, p in net.named_parameters() if p.requires_grad}

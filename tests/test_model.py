@@ -247,7 +247,7 @@ def test_rf_target_is_the_velocity():
     def truth(x, t, y, aug, with_feat):
         return noise - x0, "feat", "e_t"
 
-    loss, (feat, e_t) = T.RF().loss(truth, x0, torch.rand(4), noise)
+    loss, _, (feat, e_t) = T.RF().loss(truth, x0, torch.rand(4), noise)
     assert loss == 0 and (feat, e_t) == ("feat", "e_t")
     h = 1e-3  # v = dx_t / dt
     step = (T.RF().add_noise(x0, 0.5 + h, noise) - T.RF().add_noise(x0, 0.5 - h, noise)) / (2 * h)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import multiprocessing, nn
 
 import probe
+import sample
 import train_dit
 import train_unet
 import train_uvit
@@ -156,37 +157,40 @@ def test_latents_take_the_stored_mirror_image():
 
 
 @pytest.mark.parametrize(
-    ("trained", "want"),
+    ("trained", "diffusion", "want"),
     [
-        (dict(script="train_unet", model="ddpm", backbone="ddpm", dataset="cifar100"), (15, 4e-3, 512, "t", 260)),
-        (dict(script="train_unet", model="edm", backbone="ddpmpp", dataset="cifar10"), (15, 4e-3, 256, "s", 0.585)),
-        (dict(script="train_unet", model="rf", backbone="tiny", dataset="shapes"), (30, 4e-3, 128, "t", 0.4)),
-        (dict(script="train_uvit", model="ddpm", size="S", dataset="tiny-imagenet"), (30, 4e-3, 256, "t", 260)),
-        (dict(script="train_uvit", model="ddpm", size="tiny", dataset="shapes"), (30, 4e-3, 128, "t", 260)),
-        (dict(script="train_dit", model="rf", size="B", dataset="imagenet"), (30, 2e-3, 1440, "t", 0.5)),
+        (dict(model="ddpm", backbone="ddpm", dataset="cifar100"), train_unet.DDPM(1e-3), (15, 4e-3, 512, "t", 260)),
+        (dict(model="edm", backbone="ddpmpp", dataset="cifar10"), train_unet.EDM(), (15, 4e-3, 256, "s", 0.585)),
+        (dict(model="rf", backbone="tiny", dataset="shapes"), train_unet.RF(), (30, 4e-3, 128, "t", 0.4)),
+        (dict(model="ddpm", size="S", dataset="tiny-imagenet"), train_uvit.DDPM(1), (30, 4e-3, 256, "t", 260)),
+        (dict(model="ddpm", size="tiny", dataset="shapes"), train_uvit.DDPM(1), (30, 4e-3, 128, "t", 260)),
+        (dict(model="rf", size="B", dataset="imagenet"), train_dit.LatentRF(), (30, 2e-3, 1440, "t", 0.5)),
     ],
 )
-def test_the_protocol_is_that_of_tab_11(monkeypatch, trained, want):
-    script, diffusion = SimpleNamespace(__name__=trained["script"]), SimpleNamespace(check_level=lambda level: None)
-    args = SimpleNamespace(**trained, cl_t=7)
-    model = SimpleNamespace(args=args, script=script, diffusion=diffusion, path=Path("p"), epoch=3, net=nn.Identity())
-    images = torch.zeros(6, 2, 4, 8, 8) if trained["script"] == "train_dit" else torch.zeros(6, 3, 8, 8)
-    split = probe.Split(images, torch.zeros(6), 2, None)
+def test_the_protocol_is_that_of_tab_11(trained, diffusion, want):
+    args = argparse.Namespace(**trained, cl_t=7)
+    model = SimpleNamespace(args=args, script=train_unet, diffusion=diffusion, path=Path("p"), epoch=3, name="p")
+    latents = isinstance(diffusion, train_dit.LatentRF)
+    split = probe.Split(torch.zeros(6, 2, 4, 8, 8) if latents else torch.zeros(6, 3, 8, 8), torch.zeros(6), 2, None)
 
     def defaults(**flags):
         blank = dict(epochs=None, lr=None, batch=None, amp="auto", t=None, dataset=None, loss=False, pool=["gap"])
         flags = argparse.Namespace(**blank | {"grid": True} | flags)
-        return probe.protocol_defaults(flags, model, split, torch.device("cpu"))
+        return probe.fill_in_protocol(flags, model, split, torch.device("cpu"))
 
-    args, head = defaults()
-    assert (args.epochs, args.lr, args.batch, head["axis"][0], args.t[-1]) == want and args.amp == "off"
-    assert defaults(grid=False)[0].t == defaults(pool=["gap", "token"])[0].t == [7]
-    assert len(defaults(loss=True)[0].t) >= 10 and head["dataset"] == trained["dataset"]
-    model.net = nn.Linear(1000, 1000)
-    for fast, want in ((False, "off"), (True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast}, raising=False)
-        assert defaults()[0].amp == want and defaults(amp="off")[0].amp == "off"
-    assert defaults(dataset="cifar10")[0].epochs == 15 and defaults(dataset="stl10")[0].epochs == 30
+    args = defaults()
+    head = probe.describe_result(model, args)
+    assert (args.epochs, args.lr, args.batch, head["axis"][0], args.t[-1]) == want
+    assert defaults(grid=False).t == defaults(pool=["gap", "token"]).t == [7]
+    assert len(defaults(loss=True).t) >= 10 and head["dataset"] == trained["dataset"]
+    assert defaults(dataset="cifar10").epochs == 15 and defaults(dataset="stl10").epochs == 30
+
+
+@pytest.mark.parametrize(("fast", "want"), [(False, "off"), (True, "bf16")])
+def test_amp_auto_is_that_of_training(run, monkeypatch, fast, want):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
+    flags = [run / "epoch_1.pt", "--amp", "auto", "--epochs", "1", "--subset", "20", "--json", run / "amp.json"]
+    assert call(*flags)[0]["protocol"]["amp"] == want
 
 
 # ---- Noise: fresh, cached, split over ranks ----------------------------------------------------------------
@@ -248,7 +252,8 @@ def run(tmp_path_factory):
 
 def call(*argv):
     """Run the command in this process, on the CPU and quickly."""
-    return probe.main(probe.parse_args([*"--device cpu --amp off --batch 30 --epochs 2".split(), *map(str, argv)]))
+    args = probe.parse_args([*"--device cpu --amp off --batch 30 --epochs 2".split(), *map(str, argv)])
+    return sample.run_tool(probe.main, args)
 
 
 def is_png(path):
@@ -260,13 +265,16 @@ def is_png(path):
 def test_defaults_are_the_checkpoints_own(run, capsys):
     result = call(run / "epoch_1.pt", "--json", run / "one.json")[0]
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"top-1 \d+\.\d\d % \(out_4, t=11\)", lines[-1]), lines[-1]
+    (cell,) = result["cells"]
+    se = math.sqrt(cell["linear"] * (100 - cell["linear"]) / 40)  # binomial, 40 test images
+    assert lines[-1] == f"top-1 {cell['linear']:.2f} % +- {se:.2f} (out_4, t=11)"
+    assert len([line for line in lines if line.startswith("top-1")]) == 1
     assert "EMA weights of epoch 1" in lines[0]
     for word in ("epochs 2", "lr 0.004", "batch 30", "batchnorm False", "cache False", "80 train, 40 test, 2 classes"):
         assert word in lines[1], lines[1]
     written = json.loads((run / "one.json").read_text())
     assert written["checkpoints"] == [result] and written["top1"] == result["cells"][0]["linear"]
-    assert [c["layer"] for c in result["cells"]] == ["out_4"] and lines[-2] == f"wrote {run / 'one.json'}"
+    assert cell["layer"] == "out_4" and lines[-2] == f"wrote {run / 'one.json'}"
 
 
 def test_grid_writes_table_json_and_picture(run, capsys):
@@ -274,9 +282,10 @@ def test_grid_writes_table_json_and_picture(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     layers = result["layers"]
     assert len(layers) > 4 and layers == [f"out_{i + 1}" for i in range(len(layers))]
-    assert re.fullmatch(r"top-1 \d+\.\d\d % \(out_\d, t=(1|66)\)", lines[-1])
-    told = [re.match(r"top-1 (\d+\.\d\d) % \((\w+)(?:, t=(\d+))?\), kNN (\d+\.\d\d) %", line) for line in lines[2:-3]]
+    pattern = r"top-1 (\d+\.\d\d) % \+- \d\.\d\d \((\w+)(?:, t=(\d+))?\), kNN (\d+\.\d\d) %"
+    told = [re.fullmatch(pattern, line) for line in lines[2:-3]]
     assert lines[-3:-1] == [f"wrote {run / 'probe_grid'}.{suffix}" for suffix in ("json", "png")]
+    assert lines[-1] in lines[2:-3] and "pixels" not in lines[-1]
     assert [(m[2], m[3]) for m in told] == [*[(x, t) for t in ("1", "66") for x in layers], ("pixels", None)]
     assert [m[1] for m in told] == [f"{cell['linear']:.2f}" for cell in result["cells"]]
     cells = json.loads((run / "probe_grid.json").read_text())["checkpoints"][0]["cells"]
@@ -304,10 +313,10 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     best = max(result["cells"][0]["linear"] for result in results)
     winner = max(results, key=lambda result: result["cells"][0]["linear"])
-    assert lines[-1] == f"top-1 {best:.2f} % (out_4, t=11), {run.name}, epoch {winner['epoch']}"
-    assert lines[-3:-1] == [f"wrote {run / 'probe_epochs'}.{suffix}" for suffix in ("json", "png")]
-    assert [r["epoch"] for r in json.loads((run / "probe_epochs.json").read_text())["checkpoints"]] == [2, 1]
-    assert is_png(run / "probe_epochs.png")
+    assert lines[-1].startswith(f"top-1 {best:.2f} % +- ") and lines[-1].endswith("(out_4, t=11)")
+    written = run / f"probe_{run.name}-epoch_2-{run.name}-epoch_1.json"
+    assert lines[-3:-1] == [f"wrote {written}", f"best: {run.name}, epoch {winner['epoch']}"]
+    assert [r["epoch"] for r in json.loads(written.read_text())["checkpoints"]] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -316,8 +325,8 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "{run}/none.pt"], "none.pt does not exist"),
         (["{run}/epoch_1.pt", "--layer", "out_99"], "no layer out_99: choose --layer from out_1 out_2"),
-        (["{run}/epoch_1.pt", "{run}/edm.pt", "--t", "500"], "edm.pt, --t (noise level 500: EDM takes"),
-        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t (noise level 1001: DDPM takes"),
+        (["{run}/epoch_1.pt", "{run}/edm.pt", "--t", "500"], "edm.pt, --t: noise level 500: EDM takes"),
+        (["{run}/epoch_1.pt", "--t", "11", "1001"], "--t: noise level 1001: DDPM takes"),
         (["{run}/epoch_1.pt", "--pool", "cls"], "a UNet has no"),
         (["{run}/epoch_1.pt", "--data", "{run}/nowhere"], "nowhere"),
         (["{run}/epoch_1.pt", "--dataset", "flat"], "flat has no classes"),
@@ -334,7 +343,8 @@ def test_several_checkpoints_give_a_curve_and_the_best(run, capsys):
         (["{run}/epoch_1.pt", "--t", "nan"], "noise level nan"),
         (["{run}/epoch_1.pt", "--pool", "gap", "cls", "--t", "1", "2"], "go with one --t"),
         (["{run}/epoch_1.pt", "{run}/edm.pt", "--loss", "--t", "1"], "differ in formulation"),
-        (["{run}/epoch_1.pt", "--loss", "--features", "{run}/f.npz"], "not with --loss"),
+        (["{run}/epoch_1.pt", "--loss", "--features", "{run}/f.npz"], "not go with --loss"),
+        (["{run}/epoch_1.pt", "--loss", "--subset", "1"], "--loss needs two test images or more, mini has 1"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, capsys, argv, message):
@@ -347,7 +357,7 @@ def test_mistakes_end_with_one_line_and_status_2(run, capsys, argv, message):
     assert "top-1" not in said.out and sorted(run.iterdir()) == before, "told after the work, or an empty file is left"
 
 
-LOG = '{"step": 0, "args": {"batch": 8, "dataset": "mini"}}\n{"step": 9, "loss_diffusion": 1.5}\n'
+LOG = '{"step": 0, "args": {"batch": 8, "dataset": "mini"}}\n{"step": 9, "loss_unweighted": 1.5}\n'
 SCORED = {"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini"}
 
 
@@ -356,6 +366,7 @@ SCORED = {"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini"}
     [
         ("metrics.jsonl", None),
         ("metrics.jsonl", LOG[:60]),
+        ("metrics.jsonl", LOG.replace("unweighted", "diffusion")),  # of an earlier version
         ("metrics.jsonl", LOG.replace("8", '"many"')),
         ("metrics.jsonl", LOG.replace("{", "[").replace("}", "]}")),
         ("metrics.jsonl", "\0\xff" * 99),
@@ -376,7 +387,7 @@ def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, name, t
     with pytest.raises(SystemExit) as stop:
         call(*argv)
     (error,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and error.startswith(f"error: {argv[0]}: missing, damaged or empty"), error
+    assert stop.value.code == 2 and re.match(rf"error: {tmp_path / name}: missing, damaged,? (or )?empty", error), error
     assert [path.name for path in tmp_path.iterdir()] == [name] * (text is not None)
 
 
@@ -397,10 +408,14 @@ class Loss(nn.Module):
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
         assert y is None and aug is None
-        return torch.stack([self.loss_of(*row) for row in zip(x0, level, noise, strict=True)]).mean(), None
+        loss = torch.stack([self.loss_of(*row) for row in zip(x0, level, noise, strict=True)]).mean()
+        return torch.nan * loss, loss, None  # held out is the unweighted one, the second
 
     def check_level(self, level):
         assert 0 <= level <= 1
+
+
+Loss.__name__ = "RF"  # whose levels it has
 
 
 def fake_losses(monkeypatch, n, *losses, **changes):
@@ -411,11 +426,11 @@ def fake_losses(monkeypatch, n, *losses, **changes):
     for i, loss_of in enumerate(losses):
         args = argparse.Namespace(model="rf", dataset="shapes", cl_t=0.1, backbone="tiny")
         path = Path(f"run{i}/last.pt")
-        model = SimpleNamespace(args=args, diffusion=Loss(loss_of), script=train_unet, path=path, epoch=1)
+        model = SimpleNamespace(args=args, diffusion=Loss(loss_of), script=train_unet, path=path, epoch=1, name="r")
         model.net = None
         blank = dict(epochs=1, lr=1, batch=1, amp="off", t=None, dataset=None, loss=True, grid=False, pool=["gap"])
         flags = argparse.Namespace(**blank | {"seed": 0} | changes)
-        results.append(probe.heldout_loss(model, flags, torch.device("cpu"), results))
+        results.append(probe.heldout_loss(model, flags, torch.device("cpu"), results[0] if results else None))
     return split, results
 
 
@@ -507,7 +522,11 @@ def figures(monkeypatch):
 def lines_of(axes):
     """{name: (x, y)} of the lines of a panel."""
     drawn, names = axes.get_legend_handles_labels()
-    return {name: [np.array(v).tolist() for v in bar[0].get_data()] for bar, name in zip(drawn, names, strict=True)}
+    lines = {}
+    for line, name in zip(drawn, names, strict=True):
+        line = getattr(line, "lines", [line])[0]  # an errorbar has several
+        lines[name] = [np.array(values).tolist() for values in line.get_data()]
+    return lines
 
 
 @pytest.fixture
@@ -521,26 +540,28 @@ def two_runs(run, tmp_path):
 
 
 def test_layer_epoch_maps_run_beside_run(two_runs, figures):
-    paths = [two_runs / run / f"epoch_{epoch}.pt" for run in "AB" for epoch in (2, 1)]
+    """In the order of the command line."""
+    paths = [two_runs / run / f"epoch_{epoch}.pt" for run in "BA" for epoch in (2, 1)]
     results = call(*paths, "--grid", "--t", "11", "--subset", "30", "--batchnorm", "--lr", "0.1")
     accuracies = [cell["linear"] for result in results for cell in result["cells"]]
     a, b, bar = figures[0].axes
     assert "mini" in figures[0].get_suptitle() and "accuracy" in bar.get_ylabel()
-    assert is_png(two_runs / "A/probe_grid.png")
+    assert is_png(two_runs / "B/probe_grid_B-epoch_2-B-epoch_1-A-epoch_2-A-epoch_1.png")
     assert a.images[0].get_clim() == b.images[0].get_clim() == (min(accuracies), max(accuracies))
-    for axes, name, group in ((a, "A", results[:2]), (b, "B", results[2:])):
-        want = [[cell["linear"] for cell in result["cells"]] for result in (group[1], group[0])]
-        assert np.array_equal(axes.images[0].get_array().T, want) and axes.get_title() == name
-        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"] and axes.get_xlabel() == "epoch"
+    for axes, name, group in ((a, "B", results[:2]), (b, "A", results[2:])):
+        want = [[cell["linear"] for cell in result["cells"]] for result in group]
+        assert np.array_equal(axes.images[0].get_array().T, want)
+        assert " ".join(axes.get_title().split()) == f"{name}: ddpm tiny --self-cond adaptive"
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "1"]
+        assert axes.get_xlabel() == "epoch, at t = 11"
         assert [text.get_text() for text in axes.get_yticklabels()] == results[0]["layers"]
 
 
 def test_each_map_has_its_own_axis(run, figures):
-    """Steps of DDPM beside sigmas of EDM; the title tells no level that is one of them alone."""
+    """Steps of DDPM beside sigmas of EDM."""
     call(run / "epoch_1.pt", run / "edm.pt", "--grid", "--subset", "30", "--epochs", "1")
-    assert [axes.get_xlabel() for axes in figures[0].axes[:2]] == [probe.GRIDS[kind][0] for kind in ("ddpm", "edm")]
-    call(run / "epoch_1.pt", run / "edm.pt", "--subset", "30", "--epochs", "1")
-    assert figures[1].get_suptitle() == "mini"
+    labels = [axes.get_xlabel() for axes in figures[0].axes[:2]]
+    assert labels == ["noise level t (step of 1000)", "noise level s (sigma)"]
 
 
 def test_losses_of_two_formulations_are_not_paired(run, tmp_path, capsys):
@@ -558,11 +579,15 @@ def test_losses_of_two_formulations_are_not_paired(run, tmp_path, capsys):
 
 
 def test_one_layer_over_epochs(two_runs, figures):
-    results = call(*[two_runs / run / f"epoch_{epoch}.pt" for run in "AB" for epoch in (1, 2)], "--subset", "30")
+    """Numbers of single cells need no picture, but can have one."""
+    paths = [two_runs / run / f"epoch_{epoch}.pt" for run in "AB" for epoch in (1, 2)]
+    call(*paths[:2], "--subset", "30", "--epochs", "1")
+    assert not figures and not list((two_runs / "A").glob("*.png"))
+    results = call(*paths, "--subset", "30", "--plot", two_runs / "a.png")
     values = [result["cells"][0]["linear"] for result in results]
-    for axes, name, want in zip(figures[0].axes, "AB", (values[:2], values[2:]), strict=False):
-        assert axes.images[0].get_array().tolist() == [want] and axes.get_title() == name
-        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"] and axes.get_xlabel() == "epoch"
+    for axes, want in zip(figures[0].axes, (values[:2], values[2:]), strict=False):
+        assert axes.images[0].get_array().tolist() == [want]
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"]
         assert [text.get_text() for text in axes.texts] == [f"{value:.1f}" for value in want]
 
 
@@ -576,14 +601,15 @@ def test_several_poolings_with_and_without_cls(run, tmp_path, figures, capsys):
     argv = tmp_path / "plain", tmp_path / "cls", "--grid", "--pool", "gap", "token", "cls"
     results = call(*argv, "--subset", "30", "--json", tmp_path / "fig4.json")
     assert is_png(tmp_path / "fig4.png")  # beside the JSON file
-    assert "plain/last.pt, no --pool cls" in capsys.readouterr().out
+    assert f"note: {tmp_path}/plain/last.pt: no --pool cls" in capsys.readouterr().out
     lines = lines_of(figures[0].axes[0])
-    names = ["plain, epoch 3, gap", "plain, epoch 3, token"]
-    names += [f"cls, epoch 3, {pool}" for pool in ("gap", "token", "cls")]
+    names = [f"{pool}: plain, epoch 3, ddpm tiny" for pool in ("gap", "token")]
+    names += [f"{pool}: cls, epoch 3, ddpm tiny --cls-token" for pool in ("gap", "token", "cls")]
     assert list(lines) == names and results[1]["pools"] == ["gap", "token", "cls"]
     cells = {(cell["pool"], cell["layer"]): cell["linear"] for cell in results[1]["cells"]}
     for pool in results[1]["pools"]:
-        assert lines[f"cls, epoch 3, {pool}"] == [results[1]["layers"], [cells[pool, x] for x in results[1]["layers"]]]
+        want = [cells[pool, layer] for layer in results[1]["layers"]]
+        assert lines[f"{pool}: cls, epoch 3, ddpm tiny --cls-token"] == [results[1]["layers"], want]
     alone = call(tmp_path / "cls", "--layer", "mid", "--pool", "cls", "--subset", "30")[0]["cells"]
     assert alone[0]["linear"] == cells["cls", "mid"]
 
@@ -613,32 +639,12 @@ def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
     assert 0 < counts[0] < counts[1] - 3
 
 
-@pytest.mark.parametrize("ahead", [1, 40, 96, 1000])
-def test_batches_that_share_a_call_train_the_same_heads(monkeypatch, ahead):
-    """90 images in batches of 13, the last one smaller: as many calls as said, the same heads bit for bit."""
-    train, args, called = make_split(90), flags(batch=13), []
-
-    class Counted(probe.Encoder):
-        def __call__(self, x0, noise):
-            called.append(len(x0))
-            return super().__call__(x0, noise)
-
-    model = fake_encoder(0.3).model
-    alone = probe.train_heads(Counted(model, 0.3, LAYERS), train, args)
-    assert called == 3 * ([13] * 6 + [12])
-    called.clear()
-    monkeypatch.setitem(probe.AHEAD, "cpu", ahead)
-    shared = probe.train_heads(Counted(model, 0.3, LAYERS), train, args)
-    assert called == 3 * {1: [13] * 6 + [12], 40: [39, 39, 12], 96: [90], 1000: [90]}[ahead]
-    assert torch.equal(alone.weight, shared.weight) and torch.equal(alone.bias, shared.bias)
-    assert alone.weight.abs().max() > 1e-3
-
-
 def test_fid_against_accuracy(tmp_path, figures, capsys):
     """Two runs, files of different order, a checkpoint that only one of the tools has seen."""
     def probed(run, epoch, accuracy):
         cells = [{"layer": "out_1", "level": 11, "linear": value} for value in (accuracy, accuracy - 9)]
-        return {"checkpoint": f"runs/{run}/epoch_{epoch}.pt", "epoch": epoch, "dataset": "mini", "cells": cells}
+        about = {"name": f"{run}, epoch {epoch}", "flags": "edm tiny", "dataset": "mini"}
+        return {"checkpoint": f"runs/{run}/epoch_{epoch}.pt", "epoch": epoch, "cells": cells, **about}
 
     def scored(run, epoch, fid):
         return {"fid": fid, "is_mean": 3, "checkpoint": f"runs/{run}/epoch_{epoch}.pt", "epoch": epoch}
@@ -649,10 +655,10 @@ def test_fid_against_accuracy(tmp_path, figures, capsys):
     (tmp_path / "f.json").write_text(json.dumps({"results": results}))
     call(tmp_path / "p.json", tmp_path / "f.json", "--plot", tmp_path / "fid.png")
     axes = figures[0].axes[0]
-    assert lines_of(axes) == {"a": [[7.5, 6.5], [60, 62]], "b": [[9], [50]]} and is_png(tmp_path / "fid.png")
-    ends = [(tuple(text.xyann), tuple(text.xy)) for text in axes.texts if text.arrow_patch]
-    assert [(start, end) for start, end in ends if start != end] == [((7.5, 60), (6.5, 62))]
-    assert [text.get_text() for text in axes.texts if text.get_text()] == ["200", "400", "200"]
+    lines = lines_of(axes)
+    assert lines == {"a, edm tiny": [[7.5, 6.5], [60, 62]], "b, edm tiny": [[9], [50]]} and is_png(tmp_path / "fid.png")
+    marks = {text.get_text(): [tuple(text.xy)] for text in axes.texts if text.get_text() != "epoch 200"}
+    assert marks == {"epoch 400": [(6.5, 62)]} and len(axes.texts) == 3
     assert figures[0].get_suptitle() == "mini"
     (tmp_path / "f.json").write_text(json.dumps({"results": results[3:]}))
     with pytest.raises(SystemExit):
@@ -660,15 +666,42 @@ def test_fid_against_accuracy(tmp_path, figures, capsys):
     assert "no checkpoint has both" in capsys.readouterr().err
 
 
+def log_of(folder, steps, batch, loss_of, model="edm", dataset="mini", ending=""):
+    """Write a run's metrics.jsonl, with a resume in its middle; the weighted losses in it are nonsense."""
+    flags = {"batch": batch, "dataset": dataset, "model": model, "backbone": "tiny"}
+    lines = [{"step": 0, "args": flags}]
+    for step in range(10, steps + 10, 10):
+        lines.append({"step": step, "loss": 9.0, "loss_diffusion": -7.0, "loss_unweighted": loss_of(step * batch)})
+        if step == steps // 20 * 10:
+            lines.append({"step": step, "args": flags})
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n" + ending)
+
+
 def test_training_loss_of_a_run_that_is_going(tmp_path, figures):
     """A running mean leaves a straight line as it is; the last line of the log is half written."""
-    lines = [{"step": 0, "args": {"batch": 64, "dataset": "mini"}}]
-    lines += [{"step": step, "loss": 9.0, "loss_diffusion": 2 - step / 1000} for step in range(10, 1010, 10)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 1010, "lo')
+    log_of(tmp_path, 1000, 64, lambda images: 2 - images / 64000, ending='{"step": 1010, "lo')
     call(tmp_path, "--curves", "--plot", tmp_path / "c.png")
-    x, y = lines_of(figures[0].axes[0])[tmp_path.name]
+    x, y = lines_of(figures[0].axes[0])[f"{tmp_path.name}, edm tiny, mini"]
     assert y == pytest.approx([2 - images / 64000 for images in x]) and figures[0].get_suptitle() == "mini"
     assert 6400 <= x[0] < 10000 and 60000 < x[-1] <= 64000 and len(x) > 80
+
+
+def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
+    """A jump after as many images is as steep in a short run of small batches as in a long one; data sets are named."""
+    log_of(tmp_path / "short", 2000, 8, lambda images: float(images > 8000))
+    log_of(tmp_path / "long", 1000, 64, lambda images: float(images > 8000), dataset="other")
+    call(tmp_path / "short", tmp_path / "long", "--curves", "--plot", tmp_path / "c.png")
+    widths = []
+    for x, y in lines_of(figures[0].axes[0]).values():
+        rising = [images for images, loss in zip(x, y, strict=True) if 0.01 < loss < 0.99]
+        widths.append(max(rising, default=0) - min(rising, default=0))
+    assert figures[0].get_suptitle() == "mini and other" and "mean over 800 images" in figures[0].axes[0].get_ylabel()
+    assert widths[0] == pytest.approx(800, abs=160) and widths[1] <= 800
+    log_of(tmp_path / "rf", 1000, 64, lambda images: 1.0, model="rf")
+    with pytest.raises(SystemExit):
+        call(tmp_path / "short", tmp_path / "rf", "--curves")
+    assert "differ in formulation" in capsys.readouterr().err
 
 
 def test_features_of_both_splits(run, tmp_path):
@@ -706,17 +739,13 @@ def test_broken_weights_are_an_error(run, tmp_path, capsys):
 
 
 def call_and_keep_heads(path, argv):
-    """Run the command with blocks so small that both ranks have some; save the heads of its last level.
-
-    Calls of the network serve several batches: two of 13 images in one process, four on two ranks.
-    """
-    trained, block, probe.BLOCK, ahead = probe.train_heads, probe.BLOCK, 16, probe.AHEAD
-    probe.AHEAD = {"cpu": 30}
+    """Run the command with blocks so small that both ranks have some; save the heads of its last level."""
+    trained, block, probe.BLOCK = probe.train_heads, probe.BLOCK, 16
     try:
         probe.train_heads = lambda *a: torch.save((heads := trained(*a)).state_dict(), path) or heads
         return call(*argv)
     finally:
-        probe.train_heads, probe.BLOCK, probe.AHEAD = trained, block, ahead
+        probe.train_heads, probe.BLOCK = trained, block
 
 
 def rank_main(rank, port, path, argv):

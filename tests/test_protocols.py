@@ -234,7 +234,7 @@ def who(x0):
 
 
 def run(tool, *argv):
-    tool.main(tool.parse_args([*map(str, argv), "--device", "cpu"]))
+    sample.run_tool(tool.main, tool.parse_args([*map(str, argv), "--device", "cpu"]))
 
 
 def refused(capsys, tool, *argv):
@@ -314,7 +314,9 @@ def test_probe_replayed(world, watch, capsys, tmp_path, name, layers, symbol, le
     assert [cell["layer"] for cell in cells] == layers and {cell["level"] for cell in cells} == {level}
     assert [cell["linear"] for cell in cells] == pytest.approx(right, abs=1e-3)
     best = layers[right.index(max(right))]
-    assert capsys.readouterr().out.splitlines()[-1] == f"top-1 {max(right):.2f} % ({best}, {symbol}={level:g})"
+    top = max(right)
+    number = f"top-1 {top:.2f} % +- {(top * (100 - top) / 72) ** 0.5:.2f} ({best}, {symbol}={level:g})"
+    assert capsys.readouterr().out.splitlines()[-1] == number
 
 
 def test_heads_are_tested_with_the_statistics_of_training(world, watch, tmp_path):
@@ -426,7 +428,8 @@ def test_knn_and_pixels(world, watch, capsys, tmp_path):
         bank, queries = (still_features(watch, layer, split).double().numpy() for split in (False, True))
         assert cell["knn"] == pytest.approx(knn(bank, labels, queries, world.truth.numpy()), abs=1e-3), layer
     best = max(cells, key=itemgetter("linear"))
-    assert capsys.readouterr().out.splitlines()[-1] == f"top-1 {best['linear']:.2f} % ({best['layer']}, t=600)"
+    number = f"({best['layer']}, t=600), kNN {best['knn']:.2f} %"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(number)
 
 
 @pytest.mark.parametrize("pool", ["gap", "token", "cls"])
@@ -457,8 +460,9 @@ def test_best_of_several_checkpoints(world, watch, capsys, tmp_path):
     run(probe, *paths, "--epochs", 4, "--batch", 20, "--layer", "out_2", "--json", tmp_path / "a.json")
     found = [cells[0]["linear"] for cells in cells_of(tmp_path / "a.json")]
     assert found[0] == found[2] == pytest.approx(100 / 3, abs=0.01) and found[1] > 40
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"top-1 {found[1]:.2f} % (out_2, t=11), {tmp_path.name}, epoch 1000"
+    *_, which, last = capsys.readouterr().out.splitlines()
+    assert which == f"best: {tmp_path.name}, epoch 1000"
+    assert last.startswith(f"top-1 {found[1]:.2f} % +- ") and last.endswith(" (out_2, t=11)")
     result = json.loads((tmp_path / "a.json").read_text())
     assert (result["top1"], result["epoch"]) == (found[1], 1000)
 

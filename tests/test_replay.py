@@ -416,11 +416,11 @@ def check_grids(script, grids, averages, net, diffusion, out):
         with torch.no_grad():
             x0 = type(diffusion).sample(diffusion, net, grid["noise"], y=y, **fewer(diffusion))
         image = torch.from_numpy(np.array(Image.open(out / f"samples_{epoch:04d}.png"))).permute(2, 0, 1).int()
-        assert image.shape == (3, 74, 74)  # 4 x 4 of 16 pixels, 2 between them
+        assert image.shape == (3, 266, 266)  # 4 x 4 of 16 pixels, each four times as large, 2 between them
         for k in range(16):
-            top, left = 2 + 18 * (k // 4), 2 + 18 * (k % 4)
-            want = ((x0[k].clamp(-1, 1) + 1) * 127.5).round().int()
-            assert (image[:, top : top + 16, left : left + 16] - want).abs().max() <= 1
+            top, left = 2 + 66 * (k // 4), 2 + 66 * (k % 4)
+            want = ((x0[k].clamp(-1, 1) + 1) * 127.5).round().int().repeat_interleave(4, 1).repeat_interleave(4, 2)
+            assert (image[:, top : top + 64, left : left + 64] - want).abs().max() <= 1
 
 
 def test_the_last_epoch_is_kept_whatever_save_every_says(tmp_path, monkeypatch):

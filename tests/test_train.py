@@ -1,6 +1,7 @@
 """train_unet.py as its user runs it: steps, resume, ranks, stops and mistakes."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -94,11 +95,12 @@ def test_checkpoint_contract(tmp_path, monkeypatch):
     flags = ["--model", "edm", "--self-cond", "--cl", "0.01"]
     lines = train(tmp_path, *flags, "--epochs", "1", "--save-every", "1")
     assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["epoch"] == 1
-    keys = "step epoch lr loss loss_diffusion loss_contrast grad_norm img_per_s"
+    keys = "step epoch lr loss loss_diffusion loss_unweighted loss_contrast grad_norm img_per_s"
     assert set(lines[0]) == set(keys.split())
     assert all(math.isfinite(v) for line in lines for v in line.values())
     small, last = (torch.load(tmp_path / name, weights_only=True) for name in ("epoch_0001.pt", "last.pt"))
-    assert set(small) == {"script", "args", "ema", "epoch", "step"} and small["script"] == "train_unet"
+    assert set(small) == {"script", "script_hash", "args", "ema", "epoch", "step"} and small["script"] == "train_unet"
+    assert small["script_hash"] == hashlib.sha256((ROOT / "train_unet.py").read_bytes()).hexdigest()[:16]
     assert set(last) == set(small) | {"objective", "average", "optimizer", "scaler"}
     given = json.loads((tmp_path / "args.json").read_text())
     assert given.pop("job") and given == small["args"]
@@ -109,7 +111,7 @@ def test_checkpoint_contract(tmp_path, monkeypatch):
     assert small["args"]["classes"] == T.SHAPES and small["args"]["train_images"] == 64
     assert about["torch"] == torch.__version__
     assert not list(tmp_path.glob("*.tmp"))
-    assert Image.open(tmp_path / "samples_0001.png").size == (4 * 18 + 2, 4 * 18 + 2)
+    assert Image.open(tmp_path / "samples_0001.png").size == (4 * 66 + 2, 4 * 66 + 2)  # tiles of 64 pixels
 
 
 def test_every_epoch_has_all_images_in_another_order(tmp_path, monkeypatch):

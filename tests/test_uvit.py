@@ -291,7 +291,7 @@ def test_tools_take_it_through_the_seam(tmp_path, capsys, monkeypatch):
     """Trained with everything on, sampled, probed with all poolings; class-conditional labels are said."""
     monkeypatch.setattr(V, "save_grid", GRID)
     train(tmp_path, "--cls-token", "--cond", "--cl", "0.01", "--max-steps", "2")
-    assert Image.open(tmp_path / "samples_0000.png").size == (4 * 18 + 2, 4 * 18 + 2)
+    assert Image.open(tmp_path / "samples_last.png").size == (4 * 66 + 2, 4 * 66 + 2)
     capsys.readouterr()
     run = sample.parse_args([str(tmp_path), "--n", "12", "--steps", "2", "--out", str(tmp_path / "s.npz")])
     sample.main(run)
