@@ -401,11 +401,13 @@ def reference(model, size, net, args, rank, world):
 def parse_args(argv=None):
     """Flags -> Namespace."""
     parser = argparse.ArgumentParser(usage="%(prog)s SAMPLES [SAMPLES ...] [flags]",
-                                     description=__doc__.split("\n\n")[0])
+                                     description=__doc__.splitlines()[0],
+                                     epilog="On 4 GPUs: torchrun --nproc_per_node=4 -- %(prog)s SAMPLES [flags]")
     add = parser.add_argument
     add("samples", nargs="+", metavar="SAMPLES", help="checkpoints, run folders, folders of PNGs, npz files")
-    add("--ref", metavar="REF", help="name of a data set (its training split), folder of PNGs, or npz of images or of "
-        "mu and sigma (default: the data set that the first checkpoint was trained on)")
+    add("--ref", metavar="REF",
+        help="a data set (its training split), folder of PNGs, or npz of images (arr_0) or of statistics (mu, sigma) "
+        "(default: the data set that the first checkpoint was trained on)")
     add("--n", type=int, default=50_000, help="images to score; of files the first (default: 50000)")
     add("--allow-few", action="store_true", help=f"accept fewer than {LEAST_IMAGES} images, for a try")
     add("--weights", metavar="FILE", help="pytorch-fid's Inception (default: torch's hub cache, or a download)")

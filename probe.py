@@ -4,13 +4,15 @@
     python probe.py runs/NAME --grid --pixels --cache    # layers x levels, beside raw input
     python probe.py runs/NAME/epoch_{0800,1000,1200}.pt  # CIFAR: the best of three
     python probe.py probe.json fid.json --plot fid.png   # [P] Fig. 3, from what probe.py and fid.py wrote
-    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss    # held-out loss, paired
+    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss    # held-out loss, of both on the same images and noise
 
 The protocol of [P] (DDAE++, arXiv:2505.10999, Tab. 11; ancestor [DDAE], arXiv:2303.09769): EMA weights, cross-entropy,
 Adam with a cosine to 0, horizontal flip only, fresh noise in each epoch, no label; one fixed noise per test image.
 
 x0 clean image   noise unit noise   level step, sigma or time   feat (B, D) pooled feature, layers side by side
 B batch   N images of a split   D width, summed over the L layers probed   K classes
+model is what sample.load_checkpoint returns: the train script, its flags, net and diffusion. Of it are used
+model.script.load_data and to_x0, model.net.layers (names by depth), model.diffusion.features and loss.
 """
 
 import argparse
@@ -30,29 +32,40 @@ from tqdm import tqdm
 
 from sample import UserError, check_writable, comparison_name, describe, load_checkpoint, run_tool, setup_distributed
 
-# By formulation: the noise level, and levels of --grid and of --loss. Those of --grid lie around [P] Tab. 10, ours.
+
+@dataclass
+class Levels:
+    """A formulation's noise levels: how they are called, and those of --grid (ours, around [P] Tab. 10) and --loss."""
+    symbol: str
+    unit: str
+    grid: list
+    loss: list
+
 TENTHS = [i / 10 for i in range(1, 10)]
-LEVELS = {
-    "DDPM": ("t (step of 1000)", [1, 11, 33, 66, 130, 260], [1, 10, 30, *range(100, 1001, 100)]),
-    "EDM": ("s (sigma)", [0.0075, 0.023, 0.06, 0.14, 0.2964, 0.585],
-            [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2, 6, 20, 80]),
-    "RF": ("t (time)", [0.01, 0.03, 0.06, 0.12, 0.25, 0.4], [0.02, *TENTHS, 0.98]),
-    "LatentRF": ("t (time)", [0.06, 0.15, 0.25, 0.35, 0.5], [0.02, *TENTHS, 0.98]),
+LEVELS = {  # by the class of model.diffusion
+    "DDPM": Levels("t", "step of 1000", [1, 11, 33, 66, 130, 260], [1, 10, 30, *range(100, 1001, 100)]),
+    "EDM": Levels("s", "sigma", [0.0075, 0.023, 0.06, 0.14, 0.2964, 0.585],
+                  [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2, 6, 20, 80]),
+    "RF": Levels("t", "time", [0.01, 0.03, 0.06, 0.12, 0.25, 0.4], [0.02, *TENTHS, 0.98]),
+    "LatentRF": Levels("t", "time", [0.06, 0.15, 0.25, 0.35, 0.5], [0.02, *TENTHS, 0.98]),
 }
-# Batch of pixels; others 256. UNSPECIFIED: our reading of [P] Tab. 11; tiny: ours
+# Batch of pixels by --backbone or --size; others 256. UNSPECIFIED: our reading of [P] Tab. 11; tiny is ours
 BATCHES = {"ddpm": 512, "tiny": 128}
-BLOCK = 512  # images whose noise is drawn as a whole, so this is fixed
+NOISE_BLOCK = 512  # images whose noise is drawn as a whole: another number would be other noise
+PIECE = 512  # images that are classified at once, for memory
 KNN_K, KNN_TEMPERATURE = 20, 0.07
-ORDER, NOISE, TRAIN, FLIPPED, TEST, SUBSET, LOSS = range(7)  # streams of random numbers under one --seed
+# Independent streams of random numbers under one --seed
+ORDER, FRESH_NOISE, TRAIN_NOISE, MIRRORED_NOISE, TEST_NOISE, SUBSET, LOSS_NOISE = range(7)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = ("o", "s", "^", "D", "v")
-PROTOCOL = ("dataset", "epochs", "lr", "batch", "flip", "batchnorm", "cache", "amp", "seed")  # what is told
+PROTOCOL = ("dataset", "epochs", "lr", "batch", "flip", "batchnorm", "cache", "amp", "seed")  # flags that are printed
 ACCURACY = "linear top-1 accuracy, %"
 
 # ---- 1. Random numbers, ranks, data, frozen features ----
 def stream_generator(device, *numbers):
-    """A generator of its own for each (seed, stream, index, ..)."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    """A generator whose seed is a hash of several numbers, such as --seed, a stream and an epoch."""
+    seed = np.random.SeedSequence(numbers).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(seed))
 
 def rank_and_world():
     """This process's rank and the number of ranks."""
@@ -77,21 +90,21 @@ class Split:
     images: torch.Tensor  # uint8 (N, 3, H, W), or latents float16 (N, 2, C, h, w), each image and its mirror image
     labels: torch.Tensor  # int64 (N,), on the device
     classes: int
-    to_x0: object  # of the train script
+    to_x0: object  # the train script's function from images to x0
 
-    def x0(self, index, flip):
-        """Images by index (B,), mirrored where flip (B,): (B, C, H, W) float32 on the device."""
+    def x0(self, index, flip=None):
+        """Images by index (B,), mirrored where flip (B,) is true: (B, C, H, W) float32 on the device."""
         images = self.images[index.to(self.images.device)]
         return self.to_x0(images.to(index.device), flip)
 
-def load_split(model, args, split, device):
-    """Read a split through the checkpoint's train script; images on the device unless they would fill it."""
+def load_split(model, args, name, device):
+    """Read the split "train" or "test" by the checkpoint's train script; on the device unless that would fill it."""
     flags = argparse.Namespace(**vars(model.args))
     flags.dataset = args.dataset or flags.dataset
     flags.data = args.data or flags.data
-    if getattr(flags, "cache_latents", None):
+    if getattr(flags, "cache_latents", None):  # --data is the folder of latents then
         flags.cache_latents = args.data or flags.cache_latents
-    images, labels, classes = model.script.load_data(flags, split)
+    images, labels, classes = model.script.load_data(flags, name)
     if args.subset:
         generator = stream_generator("cpu", args.seed, SUBSET, 0)
         chosen = torch.randperm(len(labels), generator=generator)[: args.subset]
@@ -103,37 +116,40 @@ def load_split(model, args, split, device):
 @dataclass
 class Encoder:
     """The frozen network at one noise level: (x0, noise), both (B, C, H, W) -> feat (B, D) float32."""
-    model: object  # of load_checkpoint
+    model: object
     level: float | None  # None: no network, the clean x0 itself
-    layers: dict  # name -> width of what stands side by side in D
+    widths: dict  # {layer: width} of the layers that stand side by side in D
     pool: str | None = "gap"  # or "token", "cls"
     autocast: object = torch.autocast("cpu", enabled=False)
 
     @torch.no_grad()
     def __call__(self, x0, noise):
         if len(x0) == 0:  # a rank may get nothing of the last batch
-            return x0.new_zeros(0, sum(self.layers.values()))
+            return x0.new_zeros(0, sum(self.widths.values()))
         if self.level is None:
             return x0.flatten(1)  # (B, C*H*W)
-        last = max(self.layers, key=self.model.net.layers.index)  # later layers are not run
+        deepest = max(self.widths, key=self.model.net.layers.index)  # later layers are not run
         with self.autocast:
             feats = self.model.diffusion.features(
-                self.model.net, x0, self.level, noise, y=None, pool=self.pool, last=last)
-        return torch.cat([feats[name].float() for name in self.layers], dim=1)  # (B, D)
+                self.model.net, x0, self.level, noise, y=None, pool=self.pool, last=deepest)
+        return torch.cat([feats[name].float() for name in self.widths], dim=1)  # (B, D)
 
 def stored_features(encode, split, stream, seed, flip=False):
-    """Features of a whole split under one fixed noise per image, for any number of ranks: (N, D) float32 on each."""
+    """Features of a whole split under one fixed noise per image, (N, D) float32, the same on each rank.
+
+    Noise follows from (seed, stream, number of the block, place in it), whatever the number of ranks.
+    """
     device, n = split.labels.device, len(split.labels)
     rank, world = rank_and_world()
-    feats = torch.zeros(n, sum(encode.layers.values()), device=device)
-    blocks = range(rank, math.ceil(n / BLOCK), world)
+    feats = torch.zeros(n, sum(encode.widths.values()), device=device)
+    blocks = range(rank, math.ceil(n / NOISE_BLOCK), world)
     for block in tqdm(blocks, desc="features", leave=False, disable=rank > 0):
-        index = torch.arange(block * BLOCK, min((block + 1) * BLOCK, n), device=device)
+        index = torch.arange(block * NOISE_BLOCK, min((block + 1) * NOISE_BLOCK, n), device=device)
         x0 = split.x0(index, torch.full_like(index, flip, dtype=torch.bool))
         generator = stream_generator(device, seed, stream, block)
         torch.manual_seed(generator.initial_seed())  # --pool token draws its tokens from the global generator
         feats[index] = encode(x0, torch.randn(x0.shape, generator=generator, device=device))
-    return all_reduce(feats)
+    return all_reduce(feats)  # a row is 0 on all ranks but one
 
 # ---- 2. Classifiers: linear heads and kNN ------
 class Heads(nn.Module):
@@ -141,62 +157,64 @@ class Heads(nn.Module):
     def __init__(self, widths, classes, mean=0.0, std=1.0):
         super().__init__()
         self.widths, self.mean, self.std = list(widths), mean, std
-        # UNSPECIFIED: their start; [DDAE]'s is random. From zero a head depends on no other head.
+        # UNSPECIFIED: their start. Random as in [DDAE], it would depend on which other layers are probed.
         self.weight = nn.Parameter(torch.zeros(sum(self.widths), classes))  # (D, K)
         self.bias = nn.Parameter(torch.zeros(len(self.widths), classes))  # (L, K)
 
     def forward(self, feat):
         """(B, D) -> logits (L, B, K)."""
-        feats = ((feat - self.mean) / self.std).split(self.widths, dim=1)
-        weights = self.weight.split(self.widths)
-        return torch.stack([x @ w + b for x, w, b in zip(feats, weights, self.bias, strict=True)])
+        feats = ((feat - self.mean) / self.std).split(self.widths, dim=1)  # each (B, width)
+        weights = self.weight.split(self.widths)  # each (width, K)
+        logits = [x @ weight + bias for x, weight, bias in zip(feats, weights, self.bias, strict=True)]
+        return torch.stack(logits)
 
     @torch.no_grad()
     def accuracy(self, feat, labels):
         """Top-1 accuracy of each head in percent, a list of L floats, from feat (N, D) and labels (N,)."""
         hits = torch.zeros(len(self.widths), device=feat.device)
-        for x, y in zip(feat.split(BLOCK), labels.split(BLOCK), strict=True):
+        for x, y in zip(feat.split(PIECE), labels.split(PIECE), strict=True):
             hits += (self(x).argmax(2) == y).sum(1)
         return (100 * hits / len(labels)).tolist()
 
-def train_heads(encode, train, args, stored=(), mean=0.0, std=1.0):
-    """Train the heads of all layers at once; their losses are summed, so each learns as if alone.
+def train_heads(encode, train, args, stored=None, mean=0.0, std=1.0):
+    """Train the heads of all layers at once; losses are summed and Adam works element by element: each learns alone.
 
-    stored: features (N, D) to train on instead of fresh ones, (without flip, with flip). Order, flips and noise are
-    drawn for whole batches, of which a rank takes its share: all ranks end with the same Heads, as one rank would.
+    stored: features to train on instead of fresh ones, (without flip (N, D), with flip (N, D)). Order, flips and noise
+    are drawn for whole batches, of which a rank takes its share: all ranks end with the same Heads, as one rank would,
+    but for the tokens of --pool token.
     """
     device, n = train.labels.device, len(train.labels)
     rank, world = rank_and_world()
-    heads = Heads(encode.layers.values(), train.classes, mean, std).to(device)
+    heads = Heads(encode.widths.values(), train.classes, mean, std).to(device)
     optimizer = torch.optim.Adam(heads.parameters(), lr=args.lr)
-    total, done = args.epochs * math.ceil(n / args.batch), 0  # steps
-    bar = tqdm(total=total, desc="heads", leave=False, disable=rank > 0)
+    steps = math.ceil(n / args.batch)  # per epoch, with a smaller last one, as in [DDAE]
+    bar = tqdm(total=args.epochs * steps, desc="heads", leave=False, disable=rank > 0)
     for epoch in range(args.epochs):
         generator = stream_generator("cpu", args.seed, ORDER, epoch)
-        noise_generator = stream_generator(device, args.seed, NOISE, epoch)
+        noise_generator = stream_generator(device, args.seed, FRESH_NOISE, epoch)
         order = torch.randperm(n, generator=generator).to(device)
         flip = torch.rand(n, generator=generator) < (0.5 if args.flip else 0)
         flip = flip.to(device)  # (N,), of image i
-        for step, batch in enumerate(order.split(args.batch)):  # the smaller last one, too, as in [DDAE]
+        for step, batch in enumerate(order.split(args.batch)):
             index = batch.tensor_split(world)[rank]  # this rank's share, (b,)
-            if stored:
+            if stored is not None:
                 feat = torch.where(flip[index, None], stored[1][index], stored[0][index])  # (b, D)
             else:
                 x0 = train.x0(index, flip[index])
                 noise = torch.randn(len(batch), *x0.shape[1:], generator=noise_generator, device=device)
                 torch.manual_seed(noise_generator.initial_seed() + step * world + rank)  # for --pool token
-                feat = encode(x0, noise.tensor_split(world)[rank])
+                feat = encode(x0, noise.tensor_split(world)[rank])  # the same share
             logits = heads(feat)  # (L, b, K)
-            labels = train.labels[index].repeat(len(logits))  # (L * b,)
+            labels = train.labels[index].repeat(len(logits))  # (L b,), once for each layer
+            # The mean over the images of all ranks, summed over layers.
             loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / len(batch)
             optimizer.zero_grad()
             loss.backward()
             for parameter in heads.parameters():
                 all_reduce(parameter.grad)
-            progress = done / total  # UNSPECIFIED: the cosine moves per step; in [DDAE] per epoch
+            progress = (epoch + step / steps) / args.epochs  # UNSPECIFIED: per step; in [DDAE] per epoch
             optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * progress)) / 2
             optimizer.step()
-            done += 1
             bar.update()
     bar.close()
     return heads
@@ -207,7 +225,7 @@ def knn(queries, labels, bank, bank_labels, widths, classes):
     accuracy = []
     for query, key in zip(queries.split(list(widths), 1), bank.split(list(widths), 1), strict=True):
         query, key, hits = F.normalize(query, dim=1), F.normalize(key, dim=1), 0
-        for q, y in zip(query.split(BLOCK), labels.split(BLOCK), strict=True):
+        for q, y in zip(query.split(PIECE), labels.split(PIECE), strict=True):
             similarity, near = (q @ key.T).topk(min(KNN_K, len(key)), 1)  # (b, k)
             weight = (similarity / KNN_TEMPERATURE).exp()
             score = torch.zeros(len(q), classes, device=q.device)
@@ -243,37 +261,37 @@ def fill_in_protocol(args, model, split, device):
     args.amp = model.script.choose_precision(args.amp, device)
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     args.autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
-    _, grid_levels, loss_levels = LEVELS[type(model.diffusion).__name__]
+    levels = LEVELS[type(model.diffusion).__name__]
     if args.t is None:
-        args.t = [trained.cl_t]
-        if args.grid and len(args.pool) == 1:
-            args.t = grid_levels
+        args.t = [trained.cl_t]  # the teacher's level is that of [P] Tab. 10
+        if args.grid and len(args.pool) == 1:  # [P] Fig. 4 has one level
+            args.t = levels.grid
         if args.loss:
-            args.t = loss_levels
+            args.t = levels.loss
     return args
 
-def describe_result(model, args):
-    """The head of a result: what was measured, a dict of plain values."""
-    axis, _, _ = LEVELS[type(model.diffusion).__name__]
-    return {"checkpoint": str(model.path), "name": model.name, "flags": describe(model.args),
-            "dataset": args.dataset, "axis": axis, "levels": args.t, "epoch": model.epoch}
+def result_header(model, args):
+    """The beginning of a result: what was measured, a dict of plain values."""
+    levels = LEVELS[type(model.diffusion).__name__]
+    return {"checkpoint": str(model.path), "name": model.name, "flags": describe(model.args), "dataset": args.dataset,
+            "epoch": model.epoch, "levels": args.t, "symbol": levels.symbol, "unit": levels.unit}
 
 def make_encoders(model, args, x0):
-    """An Encoder per pooling and level, and one of raw input. An image x0 (1, C, H, W) shows layers and widths."""
+    """An Encoder per pooling and level, and one of raw input. One pass of an image x0 (1, C, H, W) tells the widths."""
     encoders = []
     for pool in args.pool:
         try:
             feats = model.diffusion.features(model.net, x0, args.t[0], torch.zeros_like(x0), y=None, pool=pool)
-        except ValueError as error:
+        except ValueError as error:  # this network has no [CLS]
             if pool == args.pool[0]:
                 raise UserError(f"{model.path}: {error}") from error
-            print_once(f"note: {model.path}: {error}")  # [P] Fig. 4 has a network without [CLS]
+            print_once(f"note: {model.path}: {error}")  # as one of the networks of [P] Fig. 4
             continue
-        names = args.layer or [model.args.layer]
+        layers = args.layer or [model.args.layer]
         if args.grid:
-            names = list(feats)
-        layers = {name: feats[name].shape[1] for name in names}
-        encoders += [Encoder(model, level, layers, pool, args.autocast) for level in args.t]
+            layers = list(feats)
+        widths = {layer: feats[layer].shape[1] for layer in layers}
+        encoders += [Encoder(model, level, widths, pool, args.autocast) for level in args.t]
     if args.pixels:
         encoders.append(Encoder(model, None, {"pixels": x0.numel()}, pool=None))
     return encoders
@@ -288,42 +306,44 @@ def probe(model, args, device):
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     protocol["images"] = f"{len(train.labels)} train, {len(test.labels)} test, {train.classes} classes"
     print_once(f"{model}\nprotocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()))
-    first = train.x0(torch.zeros(1, dtype=torch.long, device=device), None)  # (1, C, H, W)
-    encoders = make_encoders(model, args, first)
-    result = describe_result(model, args)
+    one_image = train.x0(torch.zeros(1, dtype=torch.long, device=device))  # (1, C, H, W)
+    encoders = make_encoders(model, args, one_image)
     pools = list(dict.fromkeys(encode.pool for encode in encoders if encode.pool))
-    result.update(layers=list(encoders[0].layers), pools=pools, protocol=protocol, cells=[])
+    result = result_header(model, args)
+    result.update(layers=list(encoders[0].widths), pools=pools, protocol=protocol, cells=[])
     for encode in encoders:
         cells = probe_level(encode, train, test, args)
         result["cells"] += cells
-        if len(args.paths) * len(encoders) * len(cells) > 1:  # main prints a single number
-            for cell in cells:
+        is_only_number = len(args.paths) == len(encoders) == len(cells) == 1
+        for cell in cells:
+            if not is_only_number:  # which main prints
                 print_once(describe_cell(cell, result))
     return result
 
 def probe_level(encode, train, test, args):
-    """Accuracy of every layer in percent: list of dicts with layer, level, pool, linear and knn (None: not asked)."""
-    widths = encode.layers.values()
-    test_feat = stored_features(encode, test, TEST, args.seed)  # (N, D)
+    """Accuracies of every layer in percent: dicts with layer, level, pool, linear, linear_se, knn (or None)."""
+    widths = encode.widths.values()
+    test_feat = stored_features(encode, test, TEST_NOISE, args.seed)  # (N, D)
     if not torch.isfinite(test_feat).all():
         path = encode.model.path
         raise UserError(f"{path}: the features hold NaN or infinity; try --amp off, or an earlier epoch")
-    stored, mean, std, nearest = (), 0.0, 1.0, [None] * len(widths)
+    stored, nearest = None, [None] * len(widths)
+    mean, std = 0.0, 1.0
     if args.cache or args.batchnorm or args.features:
-        bank = stored_features(encode, train, TRAIN, args.seed)  # (N, D)
+        bank = stored_features(encode, train, TRAIN_NOISE, args.seed)  # (N, D)
         nearest = knn(test_feat, test.labels, bank, train.labels, widths, train.classes)
     if args.features and encode.level is not None and rank_and_world()[0] == 0:
         arrays = {"train": bank, "train_labels": train.labels, "test": test_feat, "test_labels": test.labels}
         with open(args.features, "wb") as file:
             np.savez(file, **{name: array.cpu() for name, array in arrays.items()})
-    if args.batchnorm:
-        mean, std = bank.mean(0), (bank.var(0, correction=0) + 1e-5).sqrt()  # 1e-5 as in BatchNorm
+    if args.batchnorm:  # statistics of the training split instead of BatchNorm's running ones, with its 1e-5
+        mean, std = bank.mean(0), (bank.var(0, correction=0) + 1e-5).sqrt()
     if args.cache:
-        mirrored = stored_features(encode, train, FLIPPED, args.seed, flip=True) if args.flip else bank
+        mirrored = stored_features(encode, train, MIRRORED_NOISE, args.seed, flip=True) if args.flip else bank
         stored = (bank, mirrored)
     linear = train_heads(encode, train, args, stored, mean, std).accuracy(test_feat, test.labels)
     cells = []
-    for layer, accuracy, neighbours in zip(encode.layers, linear, nearest, strict=True):
+    for layer, accuracy, neighbours in zip(encode.widths, linear, nearest, strict=True):
         se = standard_error(accuracy, len(test.labels))
         cells.append({"layer": layer, "level": encode.level, "pool": encode.pool, "linear": accuracy,
                       "linear_se": se, "knn": neighbours})
@@ -341,7 +361,7 @@ def describe_cell(cell, result):
     """The number and its place: `top-1 72.04 % +- 0.45 (out_2, t=11)`; with kNN where it was measured."""
     place = cell["layer"]
     if cell["level"] is not None:
-        place += f", {result['axis'][0]}={cell['level']:g}"
+        place += f", {result['symbol']}={cell['level']:g}"
     if cell["pool"] not in (None, "gap"):
         place += f", {cell['pool']}"
     text = f"top-1 {cell['linear']:.2f} % +- {cell['linear_se']:.2f} ({place})"
@@ -351,11 +371,12 @@ def describe_cell(cell, result):
 
 # ---- 4. Held-out loss --------------------------
 @torch.no_grad()
-def heldout_loss(model, args, device, first=None):
+def heldout_loss(model, args, device, baseline=None):
     """The formulation's loss on the test split, unweighted, without class or augmentation label: a dict.
 
-    diffusion.loss averages over its batch, so one observation is the mean of a random block of about 25 images. Noise
-    depends on image and level alone, so that blocks pair up with those of `first`, the first checkpoint's result.
+    diffusion.loss averages over its batch, so one observation is the mean of a random block of about 25 images: few
+    enough for many observations, enough for few passes. Noise depends on image and level alone, so that blocks pair up
+    with those of `baseline`, the first checkpoint's result.
     """
     test = load_split(model, args, "test", device)
     args = fill_in_protocol(args, model, test, device)
@@ -364,35 +385,37 @@ def heldout_loss(model, args, device, first=None):
         raise UserError(f"--loss needs two test images or more, {args.dataset} has {n}")
     rank, world = rank_and_world()
     order = torch.randperm(n, generator=stream_generator("cpu", args.seed, ORDER, 0))
-    blocks = order.tensor_split(max(2, math.ceil(n / 25)))
+    blocks = order.tensor_split(max(2, math.ceil(n / 25)))  # a standard error needs two
     losses = torch.zeros(len(args.t), len(blocks), dtype=torch.float64, device=device)
     for b in tqdm(range(rank, len(blocks), world), desc="loss", leave=False, disable=rank > 0):
-        x0 = test.x0(blocks[b].to(device), None)  # (B, C, H, W)
+        x0 = test.x0(blocks[b].to(device))  # (B, C, H, W)
         for row, level in enumerate(args.t):
-            noise = [noise_of_image(i, level, args.seed, x0.shape[1:]) for i in blocks[b].tolist()]
+            noise = [heldout_noise(i, level, args.seed, x0.shape[1:]) for i in blocks[b].tolist()]
             levels = x0.new_full((len(x0),), level)
             with args.autocast:
                 _, unweighted, _ = model.diffusion.loss(model.net, x0, levels, torch.stack(noise).to(device))
             losses[row, b] = unweighted
     losses = all_reduce(losses).cpu().numpy()  # (levels, blocks)
-    result = describe_result(model, args)
+    result = result_header(model, args)
     result.update(images=list(test.images.shape), blocks=losses.tolist())
-    differences = losses - np.array((first or result)["blocks"])
+    differences = losses - losses
+    if baseline:
+        differences = losses - np.array(baseline["blocks"])
     for name, values in (("loss", losses), ("difference", differences)):
         result[name] = values.mean(1).tolist()
         result[f"{name}_se"] = (values.std(1, ddof=1) / len(blocks) ** 0.5).tolist()
     print_once(f"{model}\n{n} test images of {args.dataset}")
     for i, level in enumerate(args.t):
-        text = f"{result['axis'][0]}={level:g}".ljust(14)
+        text = f"{result['symbol']}={level:g}".ljust(14)
         text += f"held-out loss {result['loss'][i]:.5f} +- {result['loss_se'][i]:.5f}"
-        if first:
+        if baseline:
             text += f", difference {result['difference'][i]:+.5f} +- {result['difference_se'][i]:.5f}"
         print_once(text)
     return result
 
-def noise_of_image(index, level, seed, shape):
-    """The noise of a test image at a level, of `shape`, on the CPU."""
-    generator = stream_generator("cpu", seed, LOSS, round(1e6 * level), index)
+def heldout_noise(index, level, seed, shape):
+    """The noise of a test image at a level, for --loss: of `shape`, on the CPU."""
+    generator = stream_generator("cpu", seed, LOSS_NOISE, round(1e6 * level), index)
     return torch.randn(shape, generator=generator)
 
 # ---- 5. Figures --------------------------------
@@ -408,6 +431,10 @@ def finish_panel(axes, xlabel, ylabel):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
 
+def level_label(result):
+    """Label of an axis of noise levels."""
+    return f"noise level {result['symbol']} ({result['unit']})"
+
 def style(number):
     """Colour and marker of a figure's line number 0, 1, .."""
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
@@ -419,10 +446,12 @@ def network_cells(results):
 def draw_layer_maps(results):
     """Accuracy by layer: a map per run with a column per epoch ([P] Fig. 5), or per checkpoint with one per level."""
     by_epoch = all(len(result["levels"]) == 1 for result in results)
-    maps = {}  # {what has a map of its own: its results}
-    for i, result in enumerate(results):
-        run = (Path(result["checkpoint"]).parent, result["axis"], *result["layers"])
-        maps.setdefault(run if by_epoch else i, []).append(result)
+    maps = {}  # {key: results of one map}
+    for result in results:
+        key = result["checkpoint"]
+        if by_epoch:  # those of a run share a map
+            key = (Path(result["checkpoint"]).parent, result["levels"][0], *result["layers"])
+        maps.setdefault(key, []).append(result)
     accuracies = [cell["linear"] for cell in network_cells(results)]
     low, high = min(accuracies), max(accuracies)
     figure, panels = new_figure(len(maps), results)
@@ -430,13 +459,13 @@ def draw_layer_maps(results):
     for axes, group in zip(panels, maps.values(), strict=True):
         first = group[0]
         ticks, title = [f"{level:g}" for level in first["levels"]], first["name"]
-        xlabel = f"noise level {first['axis']}"
+        xlabel = level_label(first)
         if by_epoch:
             ticks = [result["epoch"] for result in group]
-            xlabel = f"epoch, at {first['axis'][0]} = {first['levels'][0]:g}"
+            xlabel = f"epoch, at {first['symbol']} = {first['levels'][0]:g}"
             title = first["name"].split(",")[0]
         values = [cell["linear"] for cell in network_cells(group)]
-        values = np.reshape(values, (-1, len(first["layers"]))).T  # (layers, columns)
+        values = np.reshape(values, (-1, len(first["layers"]))).T  # (layers, columns), from column by column
         image = axes.imshow(values, aspect="auto", vmin=low, vmax=high)
         for (y, x), value in np.ndenumerate(values):
             color = "w" if value < (low + high) / 2 else "k"
@@ -463,7 +492,7 @@ def draw_poolings(results):
             axes.plot(result["layers"], accuracies, label=label, **style(number))
             number += 1
     first = results[0]
-    finish_panel(axes, f"layer, at {first['axis'][0]} = {first['levels'][0]:g}", ACCURACY)
+    finish_panel(axes, f"layer, at {first['symbol']} = {first['levels'][0]:g}", ACCURACY)
     return figure
 
 def draw_heldout_loss(results):
@@ -478,13 +507,13 @@ def draw_heldout_loss(results):
             percent = 100 / np.array(first["loss"])
             difference, error = percent * result["difference"], percent * result["difference_se"]
             panels[1].errorbar(first["levels"], difference, error, label=result["name"], **look)
-    xlabel, n = f"noise level {first['axis']}", first["images"][0]
+    xlabel, n = level_label(first), first["images"][0]
     finish_panel(panels[0], xlabel, f"held-out loss ± standard error, {n} images")
     if len(results) > 1:
         panels[1].axhline(0, color=COLORS[0], label=first["name"])
         finish_panel(panels[1], xlabel, f"paired difference to {first['name']}, %")
     for axes in panels:
-        if first["axis"] == LEVELS["EDM"][0]:
+        if first["unit"] == "sigma":
             axes.set_xscale("log")
     return figure
 
@@ -513,8 +542,8 @@ def draw_training_loss(folders):
     for folder, (flags, images, losses) in zip(folders, logs, strict=True):
         if flags["model"] != logs[0][0]["model"]:
             raise UserError(f"{folders[0]} and {folder} differ in formulation: their losses do not compare")
-        n = max(1, round(window * len(images) / images[-1]))  # lines of a window
-        start = min(2 * n, len(images) - n)  # without the steep beginning
+        n = max(1, round(window * len(images) / images[-1]))  # lines of the log in a window
+        start = min(2 * n, len(images) - n)  # without the steep beginning, if that leaves something
         means = np.ones(n) / n
         images = np.convolve(images[start:], means, "valid")
         losses = np.convolve(losses[start:], means, "valid")
@@ -529,7 +558,7 @@ def read_results(files):
     for file in files:
         try:
             content = json.loads(Path(file).read_text())
-            for row in content.get("checkpoints") or content["results"]:
+            for row in content.get("checkpoints") or content["results"]:  # probe.py's, or fid.py's
                 folder = str(Path(row["checkpoint"]).absolute().parent)
                 found = runs.setdefault(folder, {}).setdefault(int(row["epoch"]), {})
                 if "fid" in row:
@@ -565,42 +594,50 @@ def draw_fid_against_accuracy(files):
 # ---- 6. Flags and main -------------------------
 def parse_args(argv=None):
     """Flags -> Namespace; None where the checkpoint decides."""
-    parser = argparse.ArgumentParser(usage="%(prog)s RUN [RUN ...] [flags]", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s RUN [RUN ...] [flags]",
+                                     description="Linear probes of frozen features, and what else a checkpoint knows.",
+                                     epilog="On 4 GPUs: torchrun --nproc_per_node=4 -- %(prog)s RUN [flags]")
     parser.add_argument("paths", nargs="+", metavar="RUN",
-                        help="checkpoints, run folders (their last.pt), or JSON files of probe.py and fid.py (Fig. 3)")
+                        help="checkpoints, run folders (their last.pt), or, to draw FID against accuracy, JSON files "
+                             "of probe.py and fid.py")
     add = parser.add_argument_group("what is read (default: one layer)").add_mutually_exclusive_group().add_argument
     add("--layer", nargs="+", metavar="L", help="layers (default: the run's --layer)")
     add("--grid", action="store_true", help="every layer, at several levels")
     add("--loss", action="store_true", help="held-out loss per level, and its difference to the first RUN's")
-    add("--curves", action="store_true", help="draw the training loss so far, of run folders")
+    add("--curves", action="store_true",
+        help="draw the training loss over images seen, of run folders, also while they train")
     add = parser.add_argument_group("features").add_argument
-    add("--t", nargs="+", type=float, metavar="T", help="noise levels: DDPM steps 0 .. 1000, EDM sigmas 0.002 .. 80, "
-        "others times 0 .. 1 (default: the run's --cl-t; with --grid and --loss a list)")
+    add("--t", nargs="+", type=float, metavar="T",
+        help="noise levels: of DDPM and U-ViT steps 0 .. 1000, of EDM sigmas 0.002 .. 80, of RF and DiT times 0 .. 1 "
+        "(default: the run's --cl-t; with --grid six, with --loss about ten)")
     add("--pool", nargs="+", choices=["gap", "token", "cls"], default=["gap"],
         help="mean over the image, a random token, U-ViT's [CLS] token (default: gap)")
     add("--pixels", action="store_true", help="also the flattened clean pixels or latents")
-    add("--features", type=Path, metavar="FILE", help="npz to write features and labels to (last RUN, level, pool)")
+    add("--features", type=Path, metavar="FILE",
+        help="file to write features and labels to, numpy's npz (last RUN, level, pool); with 20-NN")
     add = parser.add_argument_group("heads: the paper's protocol, and ways to leave it").add_argument
     add("--epochs", type=int, help="(default: CIFAR 15, others 30)")
     add("--lr", type=float, help="(default: pixels 4e-3, latents 2e-3)")
     add("--batch", type=int, help="over all ranks (default: --backbone ddpm 512, tiny 128, others 256, latents 1440)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="flip at random (default: on)")
-    add("--cache", action="store_true", help="quick: noise is fixed, features are stored; with kNN")
-    add("--batchnorm", action="store_true", help="standardise features by training mean and std; with kNN")
+    add("--cache", action="store_true", help="quick: noise is fixed, features are kept in memory; with 20-NN accuracy")
+    add("--batchnorm", action="store_true", help="standardise features by training mean and std; with 20-NN accuracy")
     add("--subset", type=int, metavar="N", help="at most N random images of each split (default: all)")
     add = parser.add_argument_group("data and run").add_argument
     add("--dataset", help="(default: the training run's)")
     add("--data", help="data root, or folder of latents (default: the training run's)")
-    add("--json", type=Path, metavar="FILE", help="results (default: beside the first RUN, but not of a single number)")
+    add("--json", type=Path, metavar="FILE",
+        help="results (default: probe.json or so beside the first RUN, but not of a single number)")
     add("--plot", type=Path, metavar="FILE.png", help="the picture (default: beside --json)")
     add("--seed", type=int, default=0, help="of order, flips and noise (default: 0)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="(default: auto, as in training)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="precision, by the rule of training (default: auto)")
     add("--script", metavar="FILE", help="your train script, of checkpoints that none of the three scripts wrote")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
     for name in ("epochs", "lr", "batch", "subset"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < 1e15:
+        if value is not None and not 0 < value < 1e15:  # nor nan
             parser.error(f"--{name} must be above 0")
     if args.seed < 0:
         parser.error("--seed must be at least 0")
@@ -611,14 +648,22 @@ def parse_args(argv=None):
     if args.loss and (len(args.pool) > 1 or args.features or args.pixels):
         parser.error("several --pool, --features and --pixels do not go with --loss")
     args.files = args.paths[0].endswith(".json")
-    kind, several, first = kind_of_results(args), len(args.paths) > 1, Path(args.paths[0])
-    name = f"{kind}_{comparison_name(args.paths)}" if several and not args.files else kind
-    if several or kind != "probe":
-        folder = first if first.is_dir() else first.parent
-        args.json = args.json or folder / f"{name}.json"
-    if kind != "probe":
-        args.plot = args.plot or args.json.with_suffix(".png")
+    name_outputs(args)
     return args
+
+def name_outputs(args):
+    """Fill in args.json and args.plot: a single number has neither, single numbers of several runs have no picture."""
+    kind, several = kind_of_results(args), len(args.paths) > 1
+    name = kind
+    if several and not args.files:
+        name = f"{kind}_{comparison_name(args.paths)}"
+    folder = Path(args.paths[0])
+    if not folder.is_dir():
+        folder = folder.parent
+    if args.json is None and (several or kind != "probe"):
+        args.json = folder / f"{name}.json"
+    if args.plot is None and kind != "probe":
+        args.plot = args.json.with_suffix(".png")
 
 def kind_of_results(args):
     """What the files of a command are called, but for the runs that it compares."""
@@ -646,15 +691,25 @@ def check_comparison(args):
     if args.loss and len(kinds) > 1:
         raise UserError(f"{' and '.join(args.paths)} differ in formulation, data set or resolution")
 
+def summary(results):
+    """What is added to the results of probe: the best cell of all, its checkpoint, and how that is printed."""
+    best = max(results, key=lambda result: best_cell(result["cells"])["linear"])
+    cell = best_cell(best["cells"])
+    text = describe_cell(cell, best)
+    if len(results) > 1:
+        text = f"best: {best['name']}\n{text}"
+    return {"checkpoint": best["checkpoint"], "epoch": best["epoch"], "top1": cell["linear"], **cell, "text": text}
+
 def main(args):
     """Probe every checkpoint, or measure and draw what the flags ask; returns the results."""
     for path in (args.json, args.plot, args.features):
         if path:
             check_writable(path)
-    if args.curves or args.files:
+    if args.curves or args.files:  # needs no network
         draw = draw_training_loss if args.curves else draw_fid_against_accuracy
         draw(args.paths).savefig(args.plot, dpi=150)
-        return print(f"wrote {args.plot}")
+        print(f"wrote {args.plot}")
+        return []
     rank, world, device = setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")
     if len(args.paths) > 1:
@@ -665,19 +720,15 @@ def main(args):
     for path in args.paths:
         model = load_model(path, args, device)
         if args.loss:
-            result = heldout_loss(model, args, device, first=results[0] if results else None)
+            results.append(heldout_loss(model, args, device, baseline=results[0] if results else None))
+            content = {}
         else:
-            result = probe(model, args, device)
-        results.append(result)
-        content = {"checkpoints": results}
-        if not args.loss:
-            best = max(results, key=lambda result: best_cell(result["cells"])["linear"])
-            cell = best_cell(best["cells"])
-            content.update(cell, top1=cell["linear"], checkpoint=best["checkpoint"], epoch=best["epoch"])
+            results.append(probe(model, args, device))
+            content = summary(results)
         if rank == 0 and args.json:
-            args.json.write_text(json.dumps(content, indent=1))
+            args.json.write_text(json.dumps({"checkpoints": results, **content}, indent=1))
 
-    # 2. The picture, and the number, of several the best.
+    # 2. The picture, the files, and last the number.
     if rank == 0 and args.plot:
         draw = draw_heldout_loss if args.loss else draw_probes
         draw(results).savefig(args.plot, dpi=150)
@@ -685,9 +736,7 @@ def main(args):
         if path:
             print_once(f"wrote {path}")
     if not args.loss:
-        if len(results) > 1:
-            print_once(f"best: {best['name']}")
-        print_once(describe_cell(cell, best))
+        print_once(summary(results)["text"])
     if world > 1:
         dist.destroy_process_group()
     return results

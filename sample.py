@@ -284,10 +284,10 @@ def draw_grid(images, columns, row_names, column_names):
 # ---- 5. Flags and main -------------------------
 def add_sampling_flags(add):
     """The flags of generate, which fid.py has as well; add is an add_argument."""
-    add("--steps", type=int, help="of DDPM (default: 100), EDM (18) or DiT (250); RF on UNets chooses its own")
+    add("--steps", type=int, help="of DDPM and U-ViT (default: 100), EDM (18), DiT (250); RF on UNets chooses its own")
     add("--labels", nargs="+", default=["balanced"], metavar="CLASS",
-        help="of a --cond network: balanced, random, or names or numbers of classes (default: balanced)")
-    add("--cfg", type=float, help="guidance weight of a --cond DiT; 1 is off (default: 1.5, [P] Tab. 8)")
+        help="of a --cond network: balanced, random, or names or numbers, from 0, of classes (default: balanced)")
+    add("--cfg", type=float, help="guidance weight of a --cond DiT; 1: off (default: 1.5)")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="times with guidance, 0 is data, 1 noise (default: 0 0.89)")
     add("--vae", metavar="FILE", help="VA-VAE of a DiT on latents (default: the training run's)")
@@ -334,10 +334,12 @@ def parse_labels(words, model):
 
 def parse_args(argv=None):
     """Flags -> Namespace."""
-    parser = argparse.ArgumentParser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__.splitlines()[0],
+                                     epilog="On 4 GPUs: torchrun --nproc_per_node=4 -- %(prog)s CKPT [flags]")
     add = parser.add_argument
-    add("ckpt", nargs="+", metavar="CKPT", help="checkpoint files, or run folders (their last.pt)")
-    add("--n", type=int, help="images (default: 64; 8 for each column of a class; 12 for a row of several CKPT)")
+    add("ckpt", nargs="+", metavar="CKPT", help="checkpoints, or run folders (their last.pt)")
+    add("--n", type=int,
+        help="images in all (default: 64; with a column for each class 8 each; with several CKPT 12 each)")
     add("--out", type=Path, help="new folder, FILE.npz or FILE.png (default: samples.png beside the first CKPT, "
         "of several samples_A-B.png)")
     add_sampling_flags(add)

@@ -1087,50 +1087,56 @@ NAMED = ("size", "patch", "self_cond", "layer", "cond", "qk_norm", "cl", "cl_t",
 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0],
+                                     epilog="On 4 GPUs: torchrun --nproc_per_node=4 %(prog)s [flags]")
     parser.set_defaults(model="rf", cl_head="time", aug=0.0, latents={})  # no flags, but read by others
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="B", help="0.5, 130, 457 or 674 M parameters; tiny is for CPUs (default: B)")
     add("--patch", type=int, metavar="N", help="side of a patch (default: latents 1; pixels 2, at 64 pixels 4)")
     add("--self-cond", nargs="?", choices=["adaptive", "add"], const="adaptive",
         help="self-conditioning; add is an ablation (default: off; without a value: adaptive)")
-    add("--layer", metavar="L", help="block whose feature is fed back, contrasted and probed, 1 .. (default: tiny 4, "
-        "B 8, L 16, XL 19; of imagenet B 9, with --cond 10)")
-    add("--cond", action="store_true", help="class-conditional: the network is told the class")
+    add("--layer", metavar="L",
+        help="block whose feature is fed back, contrasted and probed, 1 .. (default: tiny 4, B 8, L 16, XL 19; for "
+        "--dataset imagenet B 9, then with --cond 10)")
+    add("--cond", action="store_true", help="class-conditional; one label in ten is dropped in training")
     add("--qk-norm", action="store_true",
-        help="RMSNorm of queries and keys, as some public weights have (default: off)")
+        help="RMSNorm of queries and keys, as some weights for --init have (default: off)")
     add = parser.add_argument_group("contrastive loss").add_argument
     add("--cl", type=float, metavar="GAMMA", default=0.0, help="its weight; the paper's is 0.01 (default: 0, off)")
     add("--cl-t", type=float, metavar="TIME", help="noise level of teacher and probe.py, from 0 (data) to 1 (noise) "
         "(default: latents 0.25, pixels 0.06)")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, or a folder in --data (default: shapes)")
-    add("--data", default="./data", metavar="ROOT", help="holds NAME/{train,test}/<class>/* (default: ./data)")
+    add("--dataset", default="shapes",
+        help="shapes, cifar10, cifar100, or a folder in --data, such as imagenet (default: shapes)")
+    add("--data", default="./data", metavar="ROOT",
+        help="ROOT/NAME/{train,test}/<class>/*; images are cropped to squares and resized (default: ./data)")
     add("--resolution", type=int, metavar="N", help="pixels (default: shapes 16, CIFAR 32, others 64, for latents 256)")
     add("--cache-latents", metavar="DIR", type=os.path.abspath,
-        help="train on latents that are kept there; --vae makes them first")
-    add("--vae", metavar="FILE", type=os.path.abspath, help="VA-VAE f16d32, for making latents and decoding samples")
-    add("--latent-stats", metavar="FILE", help="mean and std that public weights were trained with (default: measured)")
+        help="train on latents that are kept in DIR; missing ones are first made, from images by --vae")
+    add("--vae", metavar="FILE", type=os.path.abspath,
+        help="VA-VAE f16d32: makes latents, decodes samples; may be left out where neither is wanted")
+    add("--latent-stats", metavar="FILE",
+        help="mean and std that the weights of --init were trained with (default: measured)")
     add = parser.add_argument_group("optimisation (the paper's Tab. 11)").add_argument
     add("--epochs", type=int, metavar="N",
-        help="(default: latents 1400, with --cond 1000, imagenet 90; pixels 2000; tiny 8)")
+        help="in all, also with --resume (default: pixels 2000; latents 1400, with --cond 1000, of imagenet 90; tiny "
+        "8)")
     add("--batch", type=int, metavar="N", help="images per step, over all GPUs (default: 1024; tiny 16)")
-    add("--accum", type=int, metavar="N", default=1, help="passes that a batch is cut into, to save memory; each "
-        "contrasts its own images (default: 1)")
-    add("--lr", type=float, help="(default: 2e-4; tiny 2e-3)")
+    add("--accum", type=int, metavar="N", default=1,
+        help="passes that a batch is cut into, to save memory; each contrasts its own images (default: 1)")
+    add("--lr", type=float, help="constant; tiny rises and falls (default: 2e-4; tiny 2e-3)")
     add("--ema", type=float, help="EMA decay per step (default: 0.9999; tiny 0.999)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-        help="precision; auto: bf16 where it is fast, else GPUs fp16, CPUs off (default: auto)")
+        help="precision; auto: bf16 where fast, else GPUs fp16, CPUs off (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
     add("--seed", type=int, metavar="N", default=0, help="of weights, order and noise (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="folder of the run (default: runs/<a name made from the flags>)")
-    add("--resume", action="store_true", help="go on with the run in --out; flags that are not given are the run's")
+    add("--resume", action="store_true", help="go on from last.pt in --out; flags that are given replace the run's")
     add("--init", metavar="FILE", help="start from public weights of this network, or from a run's")
     add("--save-every", type=int, metavar="N",
         help="epochs between epoch_NNNN.pt (default: a tenth of --epochs; imagenet 20)")
-    add("--max-steps", type=int, metavar="N",
-        help="stop after N steps; 0 with --init makes a checkpoint of its weights")
+    add("--max-steps", type=int, metavar="N", help="stop at step N; 0 with --init makes a checkpoint of its weights")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = read_flags(parser, argv)
     if (args.vae or args.latent_stats) and not args.cache_latents:

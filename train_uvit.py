@@ -875,48 +875,50 @@ NAMED = ("size", "patch", "cls_token", "layer", "cond", "aug", "cl", "cl_head", 
 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__.splitlines()[0],
+                                     epilog="On 4 GPUs: torchrun --nproc_per_node=4 %(prog)s [flags]")
     parser.set_defaults(model="ddpm")  # formulation; no flag
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=SIZES, default="S", help="0.3, 44.3 or 130 M parameters; tiny is for CPUs (default: S)")
-    add("--patch", type=int, metavar="N", help="side of a patch in pixels (default: 2, at 64 pixels 4)")
-    add("--cls-token", action="store_true", help="self-conditioning, by a [CLS] token (default: off)")
+    add("--patch", type=int, metavar="N", help="side of a patch (default: 2, at 64 pixels 4)")
+    add("--cls-token", action="store_true", help="self-conditioning by a [CLS] token (default: off)")
     add("--layer", metavar="L", help="block whose feature is contrasted and probed: in_1 .. mid .. out_n "
         "(default: out_2, at 64 pixels out_1)")
-    add("--cond", action="store_true", help="class-conditional: the network is told the class")
+    add("--cond", action="store_true", help="class-conditional; one label in ten is dropped in training")
     add = parser.add_argument_group("augmentation and contrastive loss").add_argument
-    add("--aug", type=float, metavar="P", help="EDM's augmentation: probability of each transform (default: 0, with "
-        "--cl 0.12)")
-    add("--cl", type=float, metavar="GAMMA", default=0.0, help="weight of the contrastive loss; the paper's is 0.01 "
-        "(default: 0, off)")
+    add("--aug", type=float, metavar="P",
+        help="EDM's augmentation: probability of each transform (default: 0.12 if --cl is on, else 0)")
+    add("--cl", type=float, metavar="GAMMA", default=0.0,
+        help="weight of the contrastive loss; the paper's is 0.01 (default: 0, off)")
     add("--cl-head", choices=["time", "moco"], default="time", help="projector that depends on time, or MoCo v3's "
         "(default: time)")
-    add("--cl-t", type=float, metavar="STEP", help="noise level of teacher and probe.py, from 0 (clean) to 1000 "
-        "(default: 11; at 64 pixels 66)")
+    add("--cl-t", type=float, metavar="STEP",
+        help="noise level of teacher and probe.py, a step 0 .. 1000 (default: 11; at 64 pixels 66)")
     add("--cl-target", choices=["cls", "gap"], help="feature that is contrasted: the [CLS] token or the patches' mean "
         "(default: with --cls-token cls, else gap)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100, or a folder in --data (default: shapes)")
-    add("--data", default="./data", metavar="ROOT", help="holds NAME/{train,test}/<class>/* (default: ./data)")
+    add("--data", default="./data", metavar="ROOT",
+        help="ROOT/NAME/{train,test}/<class>/*; images are cropped to squares and resized (default: ./data)")
     add("--resolution", type=int, metavar="N", help="pixels (default: shapes 16, CIFAR 32, others 64)")
     add = parser.add_argument_group("optimisation (the paper's Tab. 11)").add_argument
-    add("--epochs", type=int, metavar="N", help="(default: 2000; tiny 8)")
+    add("--epochs", type=int, metavar="N", help="in all, also with --resume (default: 2000; tiny 8)")
     add("--batch", type=int, metavar="N", help="images per step, over all GPUs (default: 256; tiny 16)")
-    add("--accum", type=int, metavar="N", default=1, help="passes that a batch is cut into, to save memory; each "
-        "contrasts its own images (default: 1)")
-    add("--lr", type=float, help="after warm-up (default: 4e-4; tiny 2e-3)")
+    add("--accum", type=int, metavar="N", default=1,
+        help="passes that a batch is cut into, to save memory; each contrasts its own images (default: 1)")
+    add("--lr", type=float,
+        help="rises over 13 epochs or a quarter; tiny falls at the end (default: 4e-4; tiny 2e-3)")
     add("--ema", type=float, help="EMA decay per step (default: 0.9999; tiny 0.999)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-        help="precision; auto: bf16 where it is fast, else GPUs fp16, CPUs off (default: auto)")
+        help="precision; auto: bf16 where fast, else GPUs fp16, CPUs off (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
     add("--seed", type=int, metavar="N", default=0, help="of weights, order and noise (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="folder of the run (default: runs/<a name made from the flags>)")
-    add("--resume", action="store_true", help="go on with the run in --out; flags that are not given are the run's")
+    add("--resume", action="store_true", help="go on from last.pt in --out; flags that are given replace the run's")
     add("--init", metavar="FILE", help="start from public weights of this network, or from a run's")
     add("--save-every", type=int, metavar="N", help="epochs between epoch_NNNN.pt (default: a tenth of --epochs)")
-    add("--max-steps", type=int, metavar="N",
-        help="stop after N steps; 0 with --init makes a checkpoint of its weights")
+    add("--max-steps", type=int, metavar="N", help="stop at step N; 0 with --init makes a checkpoint of its weights")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
     args = read_flags(parser, argv)
     resolution = args.resolution or RESOLUTIONS.get(args.dataset, 64)

@@ -170,7 +170,7 @@ def time_tools(run):
             first = images if first is None else first
             print(f"sample.py, {amp or torch.float32}{', compiled' * compiled}: {len(rest) * sample.BLOCK / spent:.4g} "
                   f"img/s; pixels move by up to {(images - first).abs().max()} of 255", flush=True)  # fmt: skip
-    levels = [f"{level:g}" for level in probe.GRIDS[model.args.model][1][:3]]
+    levels = [f"{level:g}" for level in probe.LEVELS[type(model.diffusion).__name__].grid[:3]]
     with tempfile.TemporaryDirectory() as folder:
 
         def cell(*flags):  # seconds

@@ -210,6 +210,7 @@ def test_network_refuses_what_it_cannot_take():
         ("CLS", net.features, {"x": x, "t": t, "pool": "cls"}),
         ("1, 2, 3, 4", network, {"layer": "5"}),
         ("no decoder", network, {"layer": "4", "self_cond": "add"}),
+        ("width 36 is no multiple of 4 x 8", D.DiT, dict(channels=3, side=8, patch=2, width=36, depth=4, heads=8)),
     ):
         with pytest.raises(ValueError, match=says):
             call(**kw)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import urllib.error
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 

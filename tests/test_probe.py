@@ -63,7 +63,7 @@ def test_head_learns_the_class_frequencies():
     images = group.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
     class OneHot:
-        layers = {"feature": 3}
+        widths = {"feature": 3}
 
         def __call__(self, x0, noise):
             return nn.functional.one_hot(x0[:, 0, 0, 0].long(), 3).float()
@@ -179,8 +179,8 @@ def test_the_protocol_is_that_of_tab_11(trained, diffusion, want):
         return probe.fill_in_protocol(flags, model, split, torch.device("cpu"))
 
     args = defaults()
-    head = probe.describe_result(model, args)
-    assert (args.epochs, args.lr, args.batch, head["axis"][0], args.t[-1]) == want
+    head = probe.result_header(model, args)
+    assert (args.epochs, args.lr, args.batch, head["symbol"], args.t[-1]) == want
     assert defaults(grid=False).t == defaults(pool=["gap", "token"]).t == [7]
     assert len(defaults(loss=True).t) >= 10 and head["dataset"] == trained["dataset"]
     assert defaults(dataset="cifar10").epochs == 15 and defaults(dataset="stl10").epochs == 30
@@ -204,10 +204,10 @@ def test_cache_equals_fresh_without_noise():
 def test_noise_is_fresh_in_training_and_fixed_in_testing(monkeypatch):
     """And no two images share it, of one block or of two."""
     seen = []
-    monkeypatch.setattr(probe, "BLOCK", 32)
+    monkeypatch.setattr(probe, "NOISE_BLOCK", 32)
 
     class Spy:
-        layers = {"out": 3}
+        widths = {"out": 3}
 
         def __call__(self, x0, noise):
             seen.append(noise)
@@ -216,7 +216,7 @@ def test_noise_is_fresh_in_training_and_fixed_in_testing(monkeypatch):
     train = make_split(64)
     probe.train_heads(Spy(), train, flags(batch=64, epochs=2))
     for _ in range(2):
-        probe.stored_features(Spy(), train, probe.TEST, seed=0)
+        probe.stored_features(Spy(), train, probe.TEST_NOISE, seed=0)
     fresh, fixed, again = seen[:2], torch.cat(seen[2:4]), torch.cat(seen[4:])
     assert fixed.equal(again)
     for a, b in [*itertools.combinations([*fresh, fixed], 2), seen[2:4], (fixed[:-1], fixed[1:])]:
@@ -480,7 +480,7 @@ def test_heldout_loss_of_a_network_by_hand(run):
     (result,) = call(run / "epoch_1.pt", "--loss", "--t", "300", "--json", run / "l.json", "--plot", run / "l.png")
     model = probe.load_checkpoint(run / "epoch_1.pt")
     images = train_unet.load_data(model.args, "test")[0]
-    draws = [probe.stream_generator("cpu", 0, probe.LOSS, 300_000_000, i) for i in range(40)]
+    draws = [probe.stream_generator("cpu", 0, probe.LOSS_NOISE, 300_000_000, i) for i in range(40)]
     noise = torch.stack([torch.randn(3, 16, 16, generator=draw) for draw in draws])
     alphabar = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:300]))
     x_t = alphabar**0.5 * (images / 127.5 - 1) + (1 - alphabar) ** 0.5 * noise
@@ -740,12 +740,12 @@ def test_broken_weights_are_an_error(run, tmp_path, capsys):
 
 def call_and_keep_heads(path, argv):
     """Run the command with blocks so small that both ranks have some; save the heads of its last level."""
-    trained, block, probe.BLOCK = probe.train_heads, probe.BLOCK, 16
+    trained, block, probe.NOISE_BLOCK = probe.train_heads, probe.NOISE_BLOCK, 16
     try:
         probe.train_heads = lambda *a: torch.save((heads := trained(*a)).state_dict(), path) or heads
         return call(*argv)
     finally:
-        probe.train_heads, probe.BLOCK = trained, block
+        probe.train_heads, probe.NOISE_BLOCK = trained, block
 
 
 def rank_main(rank, port, path, argv):

@@ -171,6 +171,76 @@ def test_sigterm_saves_and_resumes(tmp_path):
     assert [line["step"] for line in metrics(out)] == list(range(10, step + 11, 10))
 
 
+def test_resume_says_what_it_does(tmp_path, capsys):
+    """Where it goes on, which learning rate follows, and a line in the log with flags, ranks and torch."""
+    train(tmp_path, "--epochs", "1", "--max-steps", "3")
+    capsys.readouterr()
+    T.main(T.parse_args(["--out", str(tmp_path), "--resume", "--max-steps", "8", "--epochs", "3", "--lr", "0.01"]))
+    said = capsys.readouterr().out
+    args = argparse.Namespace(**load(tmp_path)["args"])
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    assert rates[3:] == [T.learning_rate(args, step, 8, 24) for step in range(3, 8)] and max(rates[3:]) > 0.005
+    assert f"going on from step 3 to 8, learning rate {rates[3]:.2g} now, {rates[7]:.2g} at the end" in said
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    starts = [line for line in lines if "args" in line]
+    assert [line["step"] for line in starts] == [0, 3] and [line["args"]["epochs"] for line in starts] == [1, 3]
+    assert starts[1]["ranks"] == 1 and starts[1]["torch"] == torch.__version__ and lines.index(starts[1]) == 4
+
+
+@pytest.fixture
+def handlers():
+    """The handlers of signals as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP,
+                                                              signal.SIGUSR1, signal.SIGUSR2)}  # fmt: skip
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_once_and_twice(handlers, capsys):
+    """The first is noted and says what follows, on rank 0; the second stops at once; so does the first in a grid."""
+    for rank in (1, 0):
+        received = T.catch_stop_signals(rank)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGTERM, signal.SIGINT]
+        said = capsys.readouterr().err
+        assert said.strip() == ("finishing this step, then saving; once more to stop at once" if rank == 0 else "")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_a_grid_is_sampled(handlers, tmp_path):
+    args = T.parse_args([*TINY, "--out", str(tmp_path)])
+    net, diffusion = T.build(args)
+    received = T.catch_stop_signals(0)
+    diffusion.sample = lambda net, noise, y: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        GRID(args, net, diffusion, torch.device("cpu"), "last")
+    T.catch_stop_signals(0)
+    diffusion.sample = lambda net, noise, y: noise
+    GRID(args, net, diffusion, torch.device("cpu"), "last")
+    assert not received and [file.name for file in tmp_path.iterdir()] == ["samples_last.png"]
+    signal.raise_signal(signal.SIGINT)  # noted again, as before the grid
+
+
+def test_the_unweighted_loss_is_logged(tmp_path):
+    """EDM's learned weights leave it: from a run's own weights it follows as (loss - u) exp(u) averages to."""
+    lines = train(tmp_path / "a", "--model", "edm", "--aug", "0.1", "--max-steps", "3")
+    assert lines[0]["loss_unweighted"] == lines[0]["loss_diffusion"]  # u starts at 0
+    assert lines[2]["loss_unweighted"] != lines[2]["loss_diffusion"]
+    u, x0, sigma = 0.7, torch.randn(4, 3, 16, 16), torch.rand(4) + 0.1
+    edm = T.EDM(uncertainty=True)
+    torch.nn.init.zeros_(edm.uncertainty.linear.weight)
+    edm.uncertainty.forward = lambda t: torch.full_like(t, u)
+    silent = lambda x, t, y, aug, with_feat: (torch.zeros_like(x), None, None)  # noqa: E731
+    weighted, unweighted, _ = edm.loss(silent, x0, sigma, torch.randn_like(x0))
+    assert weighted.item() == pytest.approx(unweighted.item() / math.exp(u) + u, rel=1e-5)
+    for diffusion, level in ((T.DDPM(1e-3), torch.tensor([3, 40, 500, 900])), (T.RF(), sigma), (T.EDM(), sigma)):
+        loss, unweighted, _ = diffusion.loss(silent, x0, level, torch.randn_like(x0))
+        assert loss.item() == unweighted.item()
+
+
 def test_flags_in_a_file_that_are_not_its_networks(tmp_path, capsys):
     train(tmp_path, "--max-steps", "1")
     state = torch.load(tmp_path / "last.pt", weights_only=True)

@@ -189,6 +189,10 @@ def test_network_refuses_what_it_cannot_take():
             network(**kw)
     with pytest.raises(ValueError, match="do not divide"):
         V.UViT(16, 3, 32, 5, 2)
+    with pytest.raises(ValueError, match="depth 4 must be odd"):
+        V.UViT(16, 2, 32, depth=4, heads=2)
+    with pytest.raises(ValueError, match="width 36 a multiple of 2 x 8 heads"):
+        V.UViT(16, 2, 36, depth=5, heads=8)
 
 
 # ---- optimiser, defaults
