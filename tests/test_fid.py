@@ -413,6 +413,40 @@ def test_reference_files_and_mistakes(capsys, tmp_path, training_set):
     assert "small.npz has 8x8" in message and "compared with 16x16" in message
 
 
+def test_a_reference_beside_us(capsys, tmp_path, monkeypatch, training_set):
+    """A folder or npz is found by every name that it has, in capitals too; a data set's folder is a data set."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_folder(tmp_path / "REF", random_images(3))
+    for file in folder.iterdir():
+        file.rename(file.with_suffix(".PNG"))
+    write_npz(tmp_path / "x.npz", random_images(3))
+    (tmp_path / "x.npz").rename(tmp_path / "X.NPZ")
+    (tmp_path / "shapes/train/dog").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    mean, *_ = make_reference(tmp_path, "--ref", str(folder))
+    for name in ("REF", "./REF", "X.NPZ", "./X.NPZ", str(tmp_path / "X.NPZ")):
+        assert torch.equal(make_reference(tmp_path, "--ref", name)[0], mean), name
+    assert make_reference(tmp_path, "--ref", "shapes")[2]["dataset"] == "shapes"
+    for name in ("empty", "./empty", "shapes/train"):
+        assert "holds no .png files" in error_of(capsys, make_reference, tmp_path, "--ref", name)
+    np.save(tmp_path / "a.npy", random_images(3))
+    assert "give an npz, a folder of PNGs, or a checkpoint" in error_of(capsys, run, tmp_path / "a.npy")
+    assert fid.open_samples("X.NPZ", fid.parse_args(["X.NPZ"]), "cpu")[1].n == 3
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "transparent", "a GIF"])
+def test_pngs_that_would_have_to_be_converted_are_refused(capsys, tmp_path, kind):
+    folder = write_folder(tmp_path / "a", random_images(2))
+    if kind == "16 bits":
+        Image.fromarray(np.zeros((16, 16), np.uint16)).save(folder / "000001.png")
+    if kind == "transparent":
+        Image.new("RGBA", (16, 16)).save(folder / "000001.png")
+    if kind == "a GIF":
+        Image.new("RGB", (16, 16)).save(folder / "000001.png", format="GIF")
+    with pytest.raises(sample.UserError, match="000001.png cannot be read as an image"):
+        list(fid.open_images(folder, None, 8).blocks(0, 1))
+
+
 def test_adm_statistics(capsys, tmp_path):
     path = tmp_path / "adm.npz"
     mu, sigma = np.arange(2048.0), np.eye(2048)
