@@ -18,6 +18,7 @@ model.script.load_data and to_x0, model.net.layers (names by depth), model.diffu
 import argparse
 import json
 import math
+import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -658,7 +659,7 @@ def name_outputs(args):
     if several and not args.files:
         name = f"{kind}_{comparison_name(args.paths)}"
     folder = Path(args.paths[0])
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = folder.parent
     if args.json is None and (several or kind != "probe"):
         args.json = folder / f"{name}.json"

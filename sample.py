@@ -111,7 +111,7 @@ def comparison_name(paths):
     names = []
     for path in map(Path, paths):
         path = path.absolute()
-        names.append(path.name if path.is_dir() else f"{path.parent.name}-{path.stem}")
+        names.append(path.name if os.path.isdir(path) else f"{path.parent.name}-{path.stem}")
     return "-".join(names)[:100]  # file names have a limit
 
 def check_writable(path):
@@ -347,7 +347,7 @@ def parse_args(argv=None):
     if args.out is None:
         first = Path(args.ckpt[0])
         name = "samples.png" if len(args.ckpt) == 1 else f"samples_{comparison_name(args.ckpt)}.png"
-        args.out = (first if first.is_dir() else first.parent) / name
+        args.out = (first if os.path.isdir(first) else first.parent) / name
     if len(args.ckpt) > 1 and args.out.suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
     if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():

@@ -65,7 +65,7 @@ def shrink(patch, inception):
     distance = fid.frechet_distance  # of 2048 features, all but 8 of them 0, it takes seconds
     patch.setattr(fid, "frechet_distance", lambda *moments: distance(*(m[(slice(8),) * m.ndim] for m in moments)))
     patch.setattr(fid, "load_inception", lambda *args, **kwargs: inception)
-    patch.setattr(probe, "BLOCK", 16)
+    patch.setattr(probe, "NOISE_BLOCK", 16)
     patch.setattr(sample, "BLOCK", 16)
 
 
