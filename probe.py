@@ -11,8 +11,8 @@ Adam with a cosine to 0, horizontal flip only, fresh noise in each epoch, no lab
 
 x0 clean image   noise unit noise   level step, sigma or time   feat (B, D) pooled feature, layers side by side
 B batch   N images of a split   D width, summed over the L layers probed   K classes
-model is what sample.load_checkpoint returns: the train script, its flags, net and diffusion. Of it are used
-model.script.load_data and to_x0, model.net.layers (names by depth), model.diffusion.features and loss.
+model is what sample.load_checkpoint returns: the train script and its flags, the network, the diffusion process, and
+a name, "run, epoch N". A result is what is measured of one checkpoint, a cell one of its accuracies.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LEVELS = {  # by the class of model.diffusion
     "RF": Levels("t", "time", [0.01, 0.03, 0.06, 0.12, 0.25, 0.4], [0.02, *TENTHS, 0.98]),
     "LatentRF": Levels("t", "time", [0.06, 0.15, 0.25, 0.35, 0.5], [0.02, *TENTHS, 0.98]),
 }
-# Batch of pixels by --backbone or --size; others 256. UNSPECIFIED: our reading of [P] Tab. 11; tiny is ours
+# Batch for networks on pixels, by --backbone or --size; others 256. UNSPECIFIED: as we read [P] Tab. 11; tiny is ours
 BATCHES = {"ddpm": 512, "tiny": 128}
 NOISE_BLOCK = 512  # images whose noise is drawn as a whole: another number would be other noise
 PIECE = 512  # images that are classified at once, for memory
@@ -103,7 +103,7 @@ def load_split(model, args, name, device):
     flags = argparse.Namespace(**vars(model.args))
     flags.dataset = args.dataset or flags.dataset
     flags.data = args.data or flags.data
-    if getattr(flags, "cache_latents", None):  # --data is the folder of latents then
+    if getattr(flags, "cache_latents", None):  # a DiT on latents, for which --data is their folder
         flags.cache_latents = args.data or flags.cache_latents
     images, labels, classes = model.script.load_data(flags, name)
     if args.subset:
@@ -158,7 +158,7 @@ class Heads(nn.Module):
     def __init__(self, widths, classes, mean=0.0, std=1.0):
         super().__init__()
         self.widths, self.mean, self.std = list(widths), mean, std
-        # UNSPECIFIED: their start. Random as in [DDAE], it would depend on which other layers are probed.
+        # UNSPECIFIED: heads start at zero. Drawn at random, as in [DDAE], they would vary with the set of layers.
         self.weight = nn.Parameter(torch.zeros(sum(self.widths), classes))  # (D, K)
         self.bias = nn.Parameter(torch.zeros(len(self.widths), classes))  # (L, K)
 
@@ -181,8 +181,8 @@ def train_heads(encode, train, args, stored=None, mean=0.0, std=1.0):
     """Train the heads of all layers at once; losses are summed and Adam works element by element: each learns alone.
 
     stored: features to train on instead of fresh ones, (without flip (N, D), with flip (N, D)). Order, flips and noise
-    are drawn for whole batches, of which a rank takes its share: all ranks end with the same Heads, as one rank would,
-    but for the tokens of --pool token.
+    are drawn for whole batches, of which a rank takes its share: any number of ranks ends with the same Heads, except
+    with --pool token, whose tokens are drawn by each rank.
     """
     device, n = train.labels.device, len(train.labels)
     rank, world = rank_and_world()
@@ -264,7 +264,7 @@ def fill_in_protocol(args, model, split, device):
     args.autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
     levels = LEVELS[type(model.diffusion).__name__]
     if args.t is None:
-        args.t = [trained.cl_t]  # the teacher's level is that of [P] Tab. 10
+        args.t = [trained.cl_t]  # by default the level of [P] Tab. 10, also in runs without --cl
         if args.grid and len(args.pool) == 1:  # [P] Fig. 4 has one level
             args.t = levels.grid
         if args.loss:
@@ -283,10 +283,8 @@ def make_encoders(model, args, x0):
     for pool in args.pool:
         try:
             feats = model.diffusion.features(model.net, x0, args.t[0], torch.zeros_like(x0), y=None, pool=pool)
-        except ValueError as error:  # this network has no [CLS]
-            if pool == args.pool[0]:
-                raise UserError(f"{model.path}: {error}") from error
-            print_once(f"note: {model.path}: {error}")  # as one of the networks of [P] Fig. 4
+        except ValueError as error:  # this network has no [CLS], as one of those in [P] Fig. 4
+            print_once(f"note: {model.path}: {error}")
             continue
         layers = args.layer or [model.args.layer]
         if args.grid:
@@ -295,6 +293,8 @@ def make_encoders(model, args, x0):
         encoders += [Encoder(model, level, widths, pool, args.autocast) for level in args.t]
     if args.pixels:
         encoders.append(Encoder(model, None, {"pixels": x0.numel()}, pool=None))
+    if not encoders:
+        raise UserError(f"{model.path} has no --pool {' '.join(args.pool)}")
     return encoders
 
 def probe(model, args, device):
@@ -335,7 +335,7 @@ def probe_level(encode, train, test, args):
         nearest = knn(test_feat, test.labels, bank, train.labels, widths, train.classes)
     if args.features and encode.level is not None and rank_and_world()[0] == 0:
         arrays = {"train": bank, "train_labels": train.labels, "test": test_feat, "test_labels": test.labels}
-        with open(args.features, "wb") as file:
+        with open(args.features, "wb") as file:  # of the last encoder in the end
             np.savez(file, **{name: array.cpu() for name, array in arrays.items()})
     if args.batchnorm:  # statistics of the training split instead of BatchNorm's running ones, with its 1e-5
         mean, std = bank.mean(0), (bank.var(0, correction=0) + 1e-5).sqrt()
@@ -375,9 +375,9 @@ def describe_cell(cell, result):
 def heldout_loss(model, args, device, baseline=None):
     """The formulation's loss on the test split, unweighted, without class or augmentation label: a dict.
 
-    diffusion.loss averages over its batch, so one observation is the mean of a random block of about 25 images: few
-    enough for many observations, enough for few passes. Noise depends on image and level alone, so that blocks pair up
-    with those of `baseline`, the first checkpoint's result.
+    diffusion.loss averages over its batch, so one observation is the mean of a random block of about 25 images: smaller
+    blocks would take more passes, larger ones leave fewer observations for the standard error. Noise depends on image
+    and level alone, so that blocks pair up with those of `baseline`, the first checkpoint's result.
     """
     test = load_split(model, args, "test", device)
     args = fill_in_protocol(args, model, test, device)
@@ -398,7 +398,7 @@ def heldout_loss(model, args, device, baseline=None):
             losses[row, b] = unweighted
     losses = all_reduce(losses).cpu().numpy()  # (levels, blocks)
     result = result_header(model, args)
-    result.update(images=list(test.images.shape), blocks=losses.tolist())
+    result.update(n_images=n, blocks=losses.tolist())
     differences = losses - losses
     if baseline:
         differences = losses - np.array(baseline["blocks"])
@@ -466,7 +466,7 @@ def draw_layer_maps(results):
             xlabel = f"epoch, at {first['symbol']} = {first['levels'][0]:g}"
             title = first["name"].split(",")[0]
         values = [cell["linear"] for cell in network_cells(group)]
-        values = np.reshape(values, (-1, len(first["layers"]))).T  # (layers, columns), from column by column
+        values = np.reshape(values, (-1, len(first["layers"]))).T  # (layers, columns): a column stood together
         image = axes.imshow(values, aspect="auto", vmin=low, vmax=high)
         for (y, x), value in np.ndenumerate(values):
             color = "w" if value < (low + high) / 2 else "k"
@@ -508,8 +508,8 @@ def draw_heldout_loss(results):
             percent = 100 / np.array(first["loss"])
             difference, error = percent * result["difference"], percent * result["difference_se"]
             panels[1].errorbar(first["levels"], difference, error, label=result["name"], **look)
-    xlabel, n = level_label(first), first["images"][0]
-    finish_panel(panels[0], xlabel, f"held-out loss ± standard error, {n} images")
+    xlabel = level_label(first)
+    finish_panel(panels[0], xlabel, f"held-out loss ± standard error, {first['n_images']} images")
     if len(results) > 1:
         panels[1].axhline(0, color=COLORS[0], label=first["name"])
         finish_panel(panels[1], xlabel, f"paired difference to {first['name']}, %")
@@ -536,7 +536,7 @@ def read_log(folder):
     return flags, np.array(images), np.array(losses)
 
 def draw_training_loss(folders):
-    """Unweighted diffusion loss over images seen, also while runs go on: running means over as many images for all."""
+    """Unweighted diffusion loss over images seen, also of runs that go on: means over the same number of images."""
     logs = [read_log(folder) for folder in folders]
     window = min(images[-1] for _, images, _ in logs) / 20  # images
     figure, (axes,) = new_figure(1, [flags for flags, _, _ in logs])
@@ -544,7 +544,7 @@ def draw_training_loss(folders):
         if flags["model"] != logs[0][0]["model"]:
             raise UserError(f"{folders[0]} and {folder} differ in formulation: their losses do not compare")
         n = max(1, round(window * len(images) / images[-1]))  # lines of the log in a window
-        start = min(2 * n, len(images) - n)  # without the steep beginning, if that leaves something
+        start = min(2 * n, len(images) - n)  # skip the steep beginning, two windows, but leave one
         means = np.ones(n) / n
         images = np.convolve(images[start:], means, "valid")
         losses = np.convolve(losses[start:], means, "valid")
@@ -648,27 +648,28 @@ def parse_args(argv=None):
         parser.error("several --pool go with one --t")
     if args.loss and (len(args.pool) > 1 or args.features or args.pixels):
         parser.error("several --pool, --features and --pixels do not go with --loss")
-    args.files = args.paths[0].endswith(".json")
+    args.paths_are_json = args.paths[0].endswith(".json")
     name_outputs(args)
     return args
 
 def name_outputs(args):
-    """Fill in args.json and args.plot: a single number has neither, single numbers of several runs have no picture."""
+    """Fill in args.json and args.plot. One run's numbers have neither, unless a figure belongs to them."""
     kind, several = kind_of_results(args), len(args.paths) > 1
     name = kind
-    if several and not args.files:
+    if several and not args.paths_are_json:
         name = f"{kind}_{comparison_name(args.paths)}"
     folder = Path(args.paths[0])
     if not os.path.isdir(folder):
         folder = folder.parent
-    if args.json is None and (several or kind != "probe"):
-        args.json = folder / f"{name}.json"
+    only_drawn = args.curves or args.paths_are_json
     if args.plot is None and kind != "probe":
-        args.plot = args.json.with_suffix(".png")
+        args.plot = args.json.with_suffix(".png") if args.json else folder / f"{name}.png"
+    if args.json is None and not only_drawn and (several or kind != "probe"):
+        args.json = folder / f"{name}.json"
 
 def kind_of_results(args):
-    """What the files of a command are called, but for the runs that it compares."""
-    if args.files:
+    """The first part of the names of a command's files."""
+    if args.paths_are_json:
         return "fid_accuracy"
     if args.curves:
         return "training_loss"
@@ -706,7 +707,7 @@ def main(args):
     for path in (args.json, args.plot, args.features):
         if path:
             check_writable(path)
-    if args.curves or args.files:  # needs no network
+    if args.curves or args.paths_are_json:  # needs no network
         draw = draw_training_loss if args.curves else draw_fid_against_accuracy
         draw(args.paths).savefig(args.plot, dpi=150)
         print(f"wrote {args.plot}")
