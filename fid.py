@@ -6,16 +6,18 @@
     torchrun --nproc_per_node=4 fid.py runs/LATENTS --ref VIRTUAL_imagenet256_labeled.npz --labels random   # as [ADM]
 
 [FID] Heusel et al. 2017, arXiv:1706.08500   [IS] Salimans et al. 2016, arXiv:1606.03498
-[P] DDAE++, arXiv:2505.10999, which says neither the number of samples nor the split nor the network. UNSPECIFIED: as
-[DDAE] Xiang et al. 2023, arXiv:2303.09769: EMA weights, 50 000 samples against the training set at its own resolution
+[P] DDAE++, arXiv:2505.10999   [DDAE] Xiang et al. 2023, arXiv:2303.09769
 [ADM] Dhariwal & Nichol 2021, arXiv:2105.05233: its statistics (mu and sigma) are the reference at 256 pixels
+
+What is compared (UNSPECIFIED: [P] says neither the number of samples nor the split): as in [DDAE], EMA weights, 50 000
+samples against the training set at its own resolution.
 
 How the number is made, since published ones differ (UNSPECIFIED: [P] names no library): the Inception of 2015-12-05,
 weights and resize of pytorch-fid (half-pixel bilinear to 299, no antialiasing), float32 without TF32 or autocast.
 The Inception Score reads the same single pass: softmax over all 1008 logits without the bias of fc, 10 splits of the
 images in the order of numpy's RandomState(2020), as torch-fidelity splits them. DEVIATION: torch-fidelity resizes as
 TensorFlow 1 did (no half-pixel shift), which would cost a second pass.
-Not run with the public weights yet: the network is held to both libraries by random weights (tests/test_fid.py).
+Not run with the public weights yet: with random weights, the network equals both libraries' (tests/test_fid.py).
 
 B batch   C,H,W image   N images   D = 2048 feature width   K = 1008 classes   S = 10 splits
 """
@@ -23,10 +25,10 @@ B batch   C,H,W image   N images   D = 2048 feature width   K = 1008 classes   S
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -105,19 +107,18 @@ def preprocess(images):
     return 2 * F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
 def download_weights(rank, world):
-    """pytorch-fid's weights, from torch's hub cache; rank 0 first downloads them if need be."""
-    if rank > 0:
+    """The path of pytorch-fid's weights in torch's hub cache; rank 0 downloads them if need be, while others wait."""
+    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
+    if rank == 0 and not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS_URL, path, hash_prefix=WEIGHTS_SHA)
+        except (OSError, RuntimeError) as error:  # no network, or a wrong hash
+            raise UserError(f"the Inception weights cannot be downloaded ({error}): put {WEIGHTS_URL} at {path}, "
+                            "or give --weights FILE") from error
+    if world > 1:
         dist.barrier()
-    try:
-        state = torch.hub.load_state_dict_from_url(
-            WEIGHTS_URL, map_location="cpu", progress=rank == 0, check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a wrong hash, or whatever a damaged file may raise
-        place = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
-        raise UserError(f"no Inception weights, {place} is missing or damaged, and no download ({error}): "
-                        f"put {WEIGHTS_URL} there, or give --weights FILE") from error
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return state
+    return path
 
 def load_inception(path, device, rank=0, world=1):
     """The Inception in eval mode; its attribute sha says which weights these are.
@@ -126,12 +127,9 @@ def load_inception(path, device, rank=0, world=1):
     hash is used, with a warning: its numbers compare with nothing published.
     Raises UserError where the weights are missing, damaged or of another network.
     """
-    net = Inception()
-    if path is None:
-        state, net.sha = download_weights(rank, world), WEIGHTS_SHA
-    else:
-        state = sample.read_weights(path)
-        net.sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    net, path = Inception(), path or download_weights(rank, world)
+    state = sample.read_weights(path)
+    net.sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -199,6 +197,7 @@ class Sums:
         full = self.sums["count"] > 0  # fewer images than splits leave some empty
         count, p, plogp = (self.sums[name][full] for name in ("count", "p", "plogp"))
         marginal = p / count[:, None]  # (S, K)
+        # mean KL = mean of sum p log p - sum of marginal log marginal
         scores = (plogp / count - torch.xlogy(marginal, marginal).sum(1)).exp()  # (S,)
         return scores.mean().item(), scores.std(correction=0).item()
 
@@ -231,7 +230,7 @@ def read_npz(path, *names):
             return {name: file[name] for name in names if name in file.files}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError, EOFError, MemoryError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged zip may raise anything; an array without names, too
         reason = sample.first_line(error)
         raise UserError(f"{path} cannot be read as an npz ({reason}): make it anew") from error
 
@@ -341,10 +340,10 @@ def read_statistics(path):
 def dataset_reference(script, name, data, size, net, args, rank, world):
     """Mean and covariance (on rank 0) of a data set's training split at the samples' size, and what they are made from.
 
-    They are kept in DATA/.fid under a name with hashes of pixels and weights: what was made from others is not found.
+    They are kept in DATA/.fid under a name with hashes of pixels and weights, so that other ones have another file.
     script: the train script whose load_data reads the pixels.
     """
-    flags = argparse.Namespace(dataset=name, data=data, resolution=size[0], cache_latents=None)
+    flags = argparse.Namespace(dataset=name, data=data, resolution=size[0], cache_latents=None)  # pixels, not latents
     pixels, _, _ = script.load_data(flags, "train")  # (N, 3, H, W) uint8, on every rank
     images = in_memory(f"the training set {name}", pixels, args.batch)
     check_images(images, size, args)
@@ -359,21 +358,24 @@ def dataset_reference(script, name, data, size, net, args, rank, world):
         return read_statistics(cache) if rank == 0 else None, made_from
     mean, cov = measure(net, images, args.batch, rank, world).gaussian()
     if rank == 0:
+        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache.with_suffix(f".{os.getpid()}.tmp")
             with open(temporary, "wb") as file:
                 np.savez(file, mu=mean.cpu().numpy(), sigma=cov.cpu().numpy())
             os.replace(temporary, cache)
         except OSError as error:  # a read-only data folder costs only the next run's time
+            if temporary.is_file():
+                temporary.unlink()
             print(f"note: the reference is not kept for the next time ({error})", file=sys.stderr)
     return (mean, cov), made_from
 
 def is_path(name):
-    """Whether --ref names files, not a data set."""
+    """Whether --ref names files, not a data set, whose folder would hold train/."""
     path = Path(name)
-    has_images = path.is_dir() and not (path / "train").is_dir()
-    return path.suffix.lower() == ".npz" or "/" in name or has_images
+    if path.suffix.lower() == ".npz":
+        return True
+    return not (path / "train").is_dir() and ("/" in name or path.is_dir())
 
 def reference(model, size, net, args, rank, world):
     """What samples of a size (H, W) are compared with: its mean (2048,) and covariance (2048, 2048), on rank 0, and
@@ -382,9 +384,10 @@ def reference(model, size, net, args, rank, world):
     name = args.ref or (model and model.args.dataset)
     if name is None:
         raise UserError("--ref is missing: a data set, folder or npz to compare with")
-    if not args.ref or not is_path(name):
+    is_dataset = args.ref is None or not is_path(name)
+    if is_dataset:
         data = args.data or (model.args.data if model else "./data")
-        script = model.script if model else importlib.import_module("train_unet")
+        script = model.script if model else importlib.import_module("train_unet")  # all read data alike
         return dataset_reference(script, name, data, size, net, args, rank, world)
     path = Path(name)
     statistics = None if path.is_dir() else read_statistics(path)
@@ -407,7 +410,7 @@ def parse_args(argv=None):
     add("samples", nargs="+", metavar="SAMPLES", help="checkpoints, run folders, folders of PNGs, npz files")
     add("--ref", metavar="REF",
         help="a data set (its training split), folder of PNGs, or npz of images (arr_0) or of statistics (mu, sigma) "
-        "(default: the data set that the first checkpoint was trained on)")
+        "(default: the data set of the first SAMPLES, a checkpoint)")
     add("--n", type=int, default=50_000, help="images to score; of files the first (default: 50000)")
     add("--allow-few", action="store_true", help=f"accept fewer than {LEAST_IMAGES} images, for a try")
     add("--weights", metavar="FILE", help="pytorch-fid's Inception (default: torch's hub cache, or a download)")
@@ -425,9 +428,20 @@ def score(sums, gaussian):
             raise UserError("NaN or infinity among the features or in the reference: a damaged file")
     return frechet_distance(*gaussian, *ours), *sums.inception_score()
 
+def describe_sampling(model, args):
+    """What the samples of a model depend on, flags or defaults of its sampler: a dict of plain values."""
+    facts = {"seed": args.seed, "amp": args.amp}
+    for name, parameter in inspect.signature(model.diffusion.sample).parameters.items():
+        if name in ("steps", "cfg", "cfg_interval", "shift"):
+            given = getattr(args, name, None)
+            facts[name] = parameter.default if given is None else given
+    if model.net.classes:
+        facts["labels"] = args.labels
+    return facts
+
 def main(args):
     """Score the samples. Rank 0 prints and writes; the number, of several the lowest, comes last on stdout."""
-    options = sampling_options(args)
+    sampling_options(args)  # raises for values out of range
     rank, world, device = sample.setup_distributed(args.device)
     torch.set_float32_matmul_precision("high")  # as in sample.py; the Inception's stays full
     if args.json:
@@ -439,8 +453,8 @@ def main(args):
     for model, images in opened:
         check_images(images, first_images.size, args)
         if model and first_model and model.args.dataset != first_model.args.dataset and not args.ref:
-            names = f"{model.args.dataset}, {first_model.path} on {first_model.args.dataset}"
-            raise UserError(f"{model.path} was trained on {names}: give --ref")
+            other = f"{first_model.path} on {first_model.args.dataset}"
+            raise UserError(f"{model.path} was trained on {model.args.dataset}, {other}: give --ref")
     net = load_inception(args.weights, device, rank, world)
     gaussian, made_from = reference(first_model, first_images.size, net, args, rank, world)
     if rank == 0:
@@ -462,7 +476,7 @@ def main(args):
         result = {"fid": fid, "is_mean": score_mean, "is_std": score_std, "n": images.n, "samples": path}
         if model:
             result.update(checkpoint=str(model.path), weights="ema", epoch=model.epoch)
-            result.update({**options, "step": model.step, "amp": args.amp, "labels": args.labels})
+            result.update(step=model.step, **describe_sampling(model, args))
         results.append(result)
         if args.json:
             content = {"results": results, "resolution": first_images.size[0]}

@@ -5,8 +5,9 @@
     python sample.py runs/A runs/B --n 12                     # a row per checkpoint, same noise in a column
     torchrun --nproc_per_node=4 -- sample.py runs/NAME --n 50000 --out samples.npz   # the -- keeps --n from torchrun
 
-Image i is made from a seed of its own, so it does not depend on the number of ranks or on --batch. EMA weights are
-used, as in [P] (DDAE++, arXiv:2505.10999): DDIM 100 steps, Heun 18 steps (35 evaluations) or adaptive RK45.
+Image i is made from a seed of its own, so it does not depend on the number of ranks or on --batch; RK45 chooses its
+steps for a block of images, on which they depend a little. EMA weights are used, as in [P] (DDAE++, arXiv:2505.10999):
+DDIM 100 steps, Heun 18 steps (35 evaluations) or adaptive RK45.
 
 The other tools stand on this file: UserError, load_checkpoint, setup_distributed, run_tool.
 """
@@ -51,6 +52,7 @@ def run_tool(main, args):
     """Run main(args). User errors, full disks and full memory end in one line and exit status 2, Ctrl-C in 130."""
     try:
         return main(args)
+    # FloatingPointError: RK45, of a network that gives NaN.
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError) as error:
         fail(" ".join(str(error).split()) or type(error).__name__)
     except KeyboardInterrupt:
@@ -81,7 +83,7 @@ class Model:
     """What a checkpoint gives: the EMA network, in eval mode and frozen, and everything needed to use it."""
 
     path: Path
-    script: object  # the imported train script
+    script: object  # the imported train script; used are build, load_data, to_x0, to_uint8, decoder, choose_precision
     args: argparse.Namespace  # the flags it was trained with
     net: torch.nn.Module
     diffusion: torch.nn.Module
@@ -127,8 +129,8 @@ def import_script(name, file=None):
         return importlib.import_module(name)
     if file is None:
         raise UserError(f"it was written by {name}: give --script {name}.py, whose code is then run")
-    if not Path(file).is_file():
-        raise UserError(f"--script {file} does not exist")
+    if not Path(file).is_file() or Path(file).suffix != ".py":
+        raise UserError(f"--script {file} does not exist, or is no .py file")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -171,7 +173,7 @@ def load_checkpoint(path, device="cpu", script_file=None):
         net, diffusion = script.build(args)
         net.load_state_dict(state["ema"])
     except Exception as error:  # flags of another version, weights of another network
-        reason = str(error).splitlines()[-1].strip()[:200]
+        reason = str(error).strip().split("\n")[-1].strip()[:200]
         raise UserError(f"{path} does not fit {Path(script.__file__).name} ({reason})") from error
     net.to(device).eval().requires_grad_(False)
     if torch.device(device).type == "cuda":
@@ -180,7 +182,9 @@ def load_checkpoint(path, device="cpu", script_file=None):
 
 # ---- 3. Sampling -------------------------------
 class CountingNetwork:
-    """The network as a sampler sees it: runs in pieces of `batch` images, under autocast, and is counted."""
+    """The network as a sampler calls it, x (B, C, H, W), t (B,), y (B,) or None -> (B, C, H, W): in pieces of `batch`
+    images, under autocast, and counted; with guidance a call has twice the images.
+    """
 
     def __init__(self, net, batch, amp, compiled):
         self.net, self.batch, self.amp = net, batch, amp
@@ -193,7 +197,7 @@ class CountingNetwork:
         with torch.autocast(x.device.type, dtype=self.amp, enabled=self.amp is not None):
             for first in range(0, len(x), self.batch):
                 rows = slice(first, first + self.batch)
-                whole = len(x[rows]) == self.batch  # a last, smaller piece would be compiled for itself
+                whole = len(x[rows]) == self.batch  # a smaller piece would cause a second compilation
                 net = self.compiled if whole else self.net
                 outputs.append(net(x[rows], t[rows], None if y is None else y[rows]))
         return torch.cat(outputs)
@@ -201,6 +205,7 @@ class CountingNetwork:
 def class_labels(indices, classes, labels, seed):
     """Class of each image, (len(indices),) int64: drawn by seed and index, or all classes or those listed in turn."""
     if labels == "random":
+        # The 1 tells this stream of random numbers from the noise's.
         draws = [np.random.default_rng((seed, i, 1)).integers(classes) for i in indices]
         return torch.from_numpy(np.array(draws))
     if labels == "balanced":
@@ -217,7 +222,8 @@ def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compil
 
     Args:
         seed: of the whole set; image i starts from noise that depends on (seed, i) only.
-        batch: images per evaluation (memory only). amp: dtype of autocast or None. compile: None: on a GPU, for many.
+        batch: images per evaluation (memory only). amp: dtype of autocast or None.
+        compile: whether the network is compiled; None: on a GPU, for more than 8 blocks.
         labels: of a class-conditional network: "balanced" (i modulo classes), "random" or a list of classes.
         vae: file of the VA-VAE, None for the training run's. options: of diffusion.sample (steps, cfg, ...).
     Returns an iterator of indices (a range), images uint8 (B, 3, H, W) on the CPU, network evaluations per image.
@@ -235,7 +241,7 @@ def generate(model, n, rank=0, world=1, *, seed=0, batch=BLOCK, amp=None, compil
     if vae and not getattr(model.args, "cache_latents", None):
         raise UserError(f"--vae {vae}: {model.path} works on pixels, drop it")
     decode = model.script.to_uint8
-    if hasattr(model.script, "decoder"):  # of latents
+    if hasattr(model.script, "decoder"):  # train_dit.py's, which is to_uint8 for pixels
         decode = model.script.decoder(model.args, device, vae)
     if compile is None:
         compile = n > 8 * BLOCK and device.type == "cuda"
@@ -348,31 +354,35 @@ def parse_args(argv=None):
         first = Path(args.ckpt[0])
         name = "samples.png" if len(args.ckpt) == 1 else f"samples_{comparison_name(args.ckpt)}.png"
         args.out = (first if os.path.isdir(first) else first.parent) / name
-    if len(args.ckpt) > 1 and args.out.suffix != ".png":
+    suffix = args.out.suffix
+    if len(args.ckpt) > 1 and suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
-    if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
+    if suffix != ".png" and suffix.lower() in Image.registered_extensions():
         parser.error("pictures are PNG: give --out FILE.png, FILE.npz or a new folder")
     return args
 
-def plan_grid(model, labels, n, several):
-    """Number of images, number of columns, and the columns' names if each is a class."""
-    classes = model.net.classes if labels == "balanced" else 0
+def plan_grid(models, labels, n):
+    """Number of images of each model, number of columns, and their names if every column is of one class."""
+    model, labels = models[0], labels[0]
+    drawn = 0  # number of classes that are drawn in turn
     if isinstance(labels, list):
-        classes = len(labels)
-    by_class = 1 < classes <= MOST_COLUMNS
-    if several:
+        drawn = len(labels)
+    elif labels == "balanced":
+        drawn = model.net.classes
+    one_class = False  # per column
+    if len(models) > 1:  # a row per model
         n = columns = n or 12
-    elif by_class:
-        n = n or 8 * classes
-        columns = min(n, classes)
+        one_class = drawn > 0 and all(other.args.classes == model.args.classes for other in models)
+    elif 1 < drawn <= MOST_COLUMNS:
+        n, one_class = n or 8 * drawn, True
+        columns = min(n, drawn)
     else:
         n = n or 64
         columns = math.ceil(n**0.5)
-    names = []
-    if model.net.classes and labels != "random" and (by_class or several):
-        numbers = class_labels(range(columns), model.net.classes, labels, seed=0)
-        names = [model.args.classes[i] for i in numbers]
-    return n, columns, names
+    if not one_class or not all(other.net.classes for other in models):
+        return n, columns, []
+    numbers = class_labels(range(columns), model.net.classes, labels, seed=0)
+    return n, columns, [model.args.classes[i] for i in numbers]
 
 def main(args):
     """Draw images from every checkpoint, each rank its blocks, and write them to args.out."""
@@ -387,15 +397,15 @@ def main(args):
     for model in models:
         if model.args.resolution != side:
             raise UserError("the checkpoints have different resolutions: draw them into pictures of their own")
-    n, columns, column_names = plan_grid(models[0], labels[0], args.n, several=len(models) > 1)
+    n, columns, column_names = plan_grid(models, labels, args.n)
     draws = []
     for model, classes in zip(models, labels, strict=True):
         draws.append(generate(model, n, rank, world, labels=classes, **options))
 
     # 2. The images: each rank writes what it draws, so that nobody holds all of them.
-    is_folder = args.out.suffix not in (".png", ".npz")
-    parts = args.out if is_folder else Path(f"{args.out}.parts")
-    if args.out.is_dir():
+    kind, parts = args.out.suffix.lower(), Path(f"{args.out}.parts")
+    is_folder = kind not in (".png", ".npz")
+    if args.out.is_dir() or (is_folder and args.out.exists()):
         raise UserError(f"{args.out} exists: choose a new name, so that its number of images is exact")
     if world > 1:
         dist.barrier()  # all have looked
@@ -415,27 +425,28 @@ def main(args):
                 (parts / f"{row}_{indices.start}").write_bytes(images.tobytes())
             evaluations.append(count)
         if rank == 0:
-            print(f"{model}, {n} images, NFE {np.mean(evaluations):.0f}")
+            print(f"{model}, {n} images, NFE {np.mean(evaluations):.0f}")  # of this rank's blocks
             if model.net.classes:
                 print(f"labels {labels[row]}")
     if world > 1:
         dist.barrier()  # all parts are written
         dist.destroy_process_group()
 
-    # 3. One file of all parts, in order.
+    # 3. The parts become the output: it is whole, or is not there.
     if rank > 0:
         return
     blocks = ((parts / f"{row}_{i}").read_bytes() for row in range(len(models)) for i in range(0, n, BLOCK))
-    if args.out.suffix == ".npz":
+    if is_folder:
+        os.rename(parts, args.out)
+    elif kind == ".npz":
         write_npz(args.out, blocks, (n, side, side, 3))
-    elif args.out.suffix == ".png":
+    else:
         row_names = []
         if len(models) > 1:
             row_names = [f"{model.name}\n{describe(model.args)}" for model in models]
         images = torch.frombuffer(bytearray().join(blocks), dtype=torch.uint8).view(-1, side, side, 3)
         draw_grid(images, columns, row_names, column_names).save(args.out)
-    if not is_folder:
-        shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
     print(f"wrote {args.out}")
 
 if __name__ == "__main__":
