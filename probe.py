@@ -58,6 +58,7 @@ KNN_K, KNN_TEMPERATURE = 20, 0.07
 # Independent streams of random numbers under one --seed
 ORDER, FRESH_NOISE, TRAIN_NOISE, MIRRORED_NOISE, TEST_NOISE, SUBSET, LOSS_NOISE = range(7)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+POOLS = {"gap": "mean over the image", "token": "a random token", "cls": "[CLS] token"}
 MARKERS = ("o", "s", "^", "D", "v")
 PROTOCOL = ("dataset", "epochs", "lr", "batch", "flip", "batchnorm", "cache", "amp", "seed")  # flags that are printed
 ACCURACY = "linear top-1 accuracy, %"
@@ -483,17 +484,16 @@ def draw_layer_maps(results):
     return figure
 
 def draw_poolings(results):
-    """Accuracy over layers: a line per checkpoint and pooling. [P] Fig. 4"""
-    figure, (axes,) = new_figure(1, results)
-    number = 0
-    for result in results:
-        for pool in result["pools"]:
+    """Accuracy over layers: a panel per checkpoint, a line per pooling. [P] Fig. 4"""
+    figure, panels = new_figure(len(results), results)
+    for axes, result in zip(panels, results, strict=True):
+        for number, pool in enumerate(POOLS):
             accuracies = [cell["linear"] for cell in network_cells([result]) if cell["pool"] == pool]
-            label = f"{pool}: {result['name']}, {result['flags']}"
-            axes.plot(result["layers"], accuracies, label=label, **style(number))
-            number += 1
-    first = results[0]
-    finish_panel(axes, f"layer, at {first['symbol']} = {first['levels'][0]:g}", ACCURACY)
+            if accuracies:
+                axes.plot(result["layers"], accuracies, label=POOLS[pool], **style(number))
+        axes.set_title(f"{result['name']}: {result['flags']}", size=9)
+        axes.sharey(panels[0])
+        finish_panel(axes, f"layer, at {result['symbol']} = {result['levels'][0]:g}", ACCURACY)
     return figure
 
 def draw_heldout_loss(results):
@@ -581,7 +581,8 @@ def draw_fid_against_accuracy(files):
         for epoch, row in sorted(epochs.items()):
             if "fid" in row and "accuracy" in row:
                 points.append((row["fid"], row["accuracy"]))
-                axes.annotate(f"epoch {epoch}", points[-1], (5, 5), textcoords="offset points", size=8)
+                color = style(number)["color"]
+                axes.annotate(f"epoch {epoch}", points[-1], (5, 5), textcoords="offset points", size=8, color=color)
                 label = row["label"]
                 datasets.append(row["dataset"])
         if points:
@@ -589,6 +590,7 @@ def draw_fid_against_accuracy(files):
     if not datasets:
         raise UserError("no checkpoint has both FID and accuracy: probe those that fid.py scored")
     figure.suptitle(" and ".join(dict.fromkeys(datasets)))
+    axes.margins(0.12)  # room for the epochs
     finish_panel(axes, "FID (less is better)", ACCURACY)
     return figure
 
@@ -611,7 +613,7 @@ def parse_args(argv=None):
     add("--t", nargs="+", type=float, metavar="T",
         help="noise levels: of DDPM and U-ViT steps 0 .. 1000, of EDM sigmas 0.002 .. 80, of RF and DiT times 0 .. 1 "
         "(default: the run's --cl-t; with --grid six, with --loss about ten)")
-    add("--pool", nargs="+", choices=["gap", "token", "cls"], default=["gap"],
+    add("--pool", nargs="+", choices=POOLS, default=["gap"],
         help="mean over the image, a random token, U-ViT's [CLS] token (default: gap)")
     add("--pixels", action="store_true", help="also the flattened clean pixels or latents")
     add("--features", type=Path, metavar="FILE",

@@ -602,14 +602,16 @@ def test_several_poolings_with_and_without_cls(run, tmp_path, figures, capsys):
     results = call(*argv, "--subset", "30", "--json", tmp_path / "fig4.json")
     assert is_png(tmp_path / "fig4.png")  # beside the JSON file
     assert f"note: {tmp_path}/plain/last.pt: no --pool cls" in capsys.readouterr().out
-    lines = lines_of(figures[0].axes[0])
-    names = [f"{pool}: plain, epoch 3, ddpm tiny" for pool in ("gap", "token")]
-    names += [f"{pool}: cls, epoch 3, ddpm tiny --cls-token" for pool in ("gap", "token", "cls")]
-    assert list(lines) == names and results[1]["pools"] == ["gap", "token", "cls"]
+    assert [axes.get_title() for axes in figures[0].axes] == ["plain, epoch 3: ddpm tiny",
+                                                              "cls, epoch 3: ddpm tiny --cls-token"]
+    assert results[0]["pools"] == ["gap", "token"] and results[1]["pools"] == ["gap", "token", "cls"]
     cells = {(cell["pool"], cell["layer"]): cell["linear"] for cell in results[1]["cells"]}
-    for pool in results[1]["pools"]:
-        want = [cells[pool, layer] for layer in results[1]["layers"]]
-        assert lines[f"{pool}: cls, epoch 3, ddpm tiny --cls-token"] == [results[1]["layers"], want]
+    for axes, result in zip(figures[0].axes, results, strict=True):
+        lines = lines_of(axes)
+        assert list(lines) == [probe.POOLS[pool] for pool in result["pools"]]
+        for pool in result["pools"]:
+            want = [cell["linear"] for cell in result["cells"] if cell["pool"] == pool]
+            assert lines[probe.POOLS[pool]] == [result["layers"], want]
     alone = call(tmp_path / "cls", "--layer", "mid", "--pool", "cls", "--subset", "30")[0]["cells"]
     assert alone[0]["linear"] == cells["cls", "mid"]
 
