@@ -17,9 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, metrics
+from conftest import load, make_folder, metrics
 from PIL import Image
-from test_data import make_folder
 
 import probe
 import sample

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, make_folder
 from PIL import Image
 
 import train_unet as T
@@ -17,16 +17,6 @@ import train_unet as T
 
 def args(root, name="mine", resolution=8):
     return argparse.Namespace(dataset=name, data=str(root), resolution=resolution)
-
-
-def make_folder(root, name="mine", splits=("train", "test"), classes=("cat", "dog"), n=3, size=(8, 8), suffix=".png"):
-    rng = np.random.RandomState(0)
-    for split in splits:
-        for c in classes:
-            folder = root / name / split / c
-            folder.mkdir(parents=True)
-            for i in range(n):
-                Image.fromarray(rng.randint(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / f"{i}{suffix}")
 
 
 def test_class_folders_are_read_and_cached(tmp_path):

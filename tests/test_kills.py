@@ -23,8 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, check_same, load, metrics, shrink
-from test_data import make_folder
+from conftest import ROOT, check_same, load, make_folder, metrics, shrink
 
 import train_dit
 import train_unet

@@ -15,9 +15,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, check_equal_steps, check_resumed, distance, launch, load, metrics
+from conftest import ROOT, check_equal_steps, check_resumed, distance, launch, load, make_folder, metrics
 from PIL import Image
-from test_data import make_folder
 
 import train_unet as T
 import train_uvit as V
