@@ -23,10 +23,10 @@ ROWS = [  # part, baseline, variant, layer that conditions or is contrasted, how
     ("dit", "cond", "cond-selfcond", "4", "DiT, `--cond --self-cond`", 83.24 - 83.08),
 ]
 MEASURES = {  # of a run, its layer and its baseline
-    "best linear": lambda run, layer, base: max(cell[2] for cell in gap(run)),
+    "linear, best block": lambda run, layer, base: max(cell[2] for cell in gap(run)),
     "linear": lambda run, layer, base: next(cell[2] for cell in gap(run) if cell[1] == layer),
-    "kNN": lambda run, layer, base: next(cell[3] for cell in gap(run) if cell[1] == layer),
-    "held-out loss": lambda run, layer, base: 100 * statistics.mean(map(relative, run["loss"], base["loss"])),
+    "20-NN": lambda run, layer, base: next(cell[3] for cell in gap(run) if cell[1] == layer),
+    "held-out loss, %": lambda run, layer, base: 100 * statistics.mean(map(relative, run["loss"], base["loss"])),
 }
 
 
@@ -47,21 +47,21 @@ def interval(differences):
 
 
 def table():
-    """Markdown, a row per variant."""
-    lines = ["| against its baseline | paper, linear | seeds | " + " | ".join(MEASURES) + ", % |"]
+    """Markdown, a row per variant: its difference from the baseline, with half of the 95 % interval."""
+    lines = ["| against its baseline | seeds | " + " | ".join(MEASURES) + " | paper: linear |"]
     lines += ["|---" * (3 + len(MEASURES)) + "|"]
     for part, baseline, variant, layer, name, paper in ROWS:
-        runs = {(r["variant"], r["seed"]): r for r in RUNS if r["part"] == part}
+        runs = {(run["variant"], run["seed"]): run for run in RUNS if run["part"] == part}
         seeds = [seed for kind, seed in sorted(runs) if kind == variant and (baseline, seed) in runs]
-        pairs = [(runs[variant, seed], runs[baseline, seed]) for seed in seeds]
         cells = []
-        for measure, value in MEASURES.items():
-            ours, theirs = ([value(pair[k], layer, pair[1]) for pair in pairs] for k in (0, 1))
-            mean, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
-            spread = f" ({statistics.stdev(theirs):.1f})" if len(theirs) > 1 else ""
-            start = "" if measure == "held-out loss" else f"{statistics.mean(theirs):.1f}{spread} "
-            cells.append(f"{start}{mean:+.2f}" + f" ± {half:.2f}" * (len(pairs) > 1))
-        lines.append(f"| {name} | {paper:+.2f} | {len(seeds)} | " + " | ".join(cells) + " |")
+        for value in MEASURES.values():
+            differences = []
+            for seed in seeds:
+                base = runs[baseline, seed]
+                differences.append(value(runs[variant, seed], layer, base) - value(base, layer, base))
+            mean, half = interval(differences)
+            cells.append(f"{mean:+.2f} ± {half:.2f}")
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + f" | {paper:+.2f} |")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ DIT = {  # [P] Tab. 10, 11: (data set, class-conditional) -> layer, epochs
     ("imagenet100", False): ("8", 1400), ("imagenet100", True): ("8", 1000),
     ("imagenet", False): ("9", 90), ("imagenet", True): ("10", 90),
 }  # fmt: skip
-TEXT = (ROOT / "README.md").read_text()
+TEXT = (ROOT / "README.md").read_text().replace("\\\n", " ")  # a command's lines as one
 
 
 def recipes():
