@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import os
 import urllib.error
 
@@ -9,81 +10,46 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_folder
+from conftest import ROOT, make_folder, refused
 from PIL import Image
 
 import train_unet as T
 
 
-def args(root, name="mine", resolution=8):
-    return argparse.Namespace(dataset=name, data=str(root), resolution=resolution)
+def load(root, split="train", name="mine", resolution=8):
+    """T.load_data; cached images are a view of their file, which tests overwrite."""
+    args = argparse.Namespace(dataset=name, data=str(root), resolution=resolution)
+    images, labels, classes = T.load_data(args, split)
+    return images.clone(), labels, classes
 
 
-def test_class_folders_are_read_and_cached(tmp_path):
-    make_folder(tmp_path)
-    images, labels, classes = T.load_data(args(tmp_path), "train")
-    assert images.dtype == torch.uint8 and images.shape == (6, 3, 8, 8) and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert classes == ["cat", "dog"]
-    first = np.asarray(Image.open(tmp_path / "mine/train/cat/0.png"))
-    assert (images[0].permute(1, 2, 0).numpy() == first).all()  # not resized, not touched
-    assert len(list((tmp_path / "mine/.cache").iterdir())) == 1
-    again = T.load_data(args(tmp_path), "train")
-    assert again[0].equal(images) and again[1].equal(labels) and again[2] == classes
-    (tmp_path / "mine/train/cat/0.png").unlink()  # a changed folder is read again
-    assert len(T.load_data(args(tmp_path), "train")[0]) == 5
-
-
-def test_val_stands_in_for_test(tmp_path):
-    make_folder(tmp_path, splits=("train", "val"), n=2)
-    images, labels, classes = T.load_data(args(tmp_path), "test")
-    assert labels.tolist() == [0, 0, 1, 1] and classes == ["cat", "dog"]
-    last = np.asarray(Image.open(tmp_path / "mine/val/dog/1.png"))
-    assert (images[3].permute(1, 2, 0).numpy() == last).all()
-
-
-def test_center_crop_and_resize(tmp_path):
-    """A wide image keeps its middle; a constant stays constant; aspect ratio is kept."""
-    wide = np.zeros((32, 96, 3), np.uint8)
-    wide[:, 32:64] = (200, 100, 50)
-    (tmp_path / "mine/train/a").mkdir(parents=True)
-    Image.fromarray(wide).save(tmp_path / "mine/train/a/0.png")
-    images, _, _ = T.load_data(args(tmp_path, resolution=8), "train")
-    assert images.shape == (1, 3, 8, 8)
-    inner = images[0, :, :, 1:7].flatten(1).float()
-    assert (inner - torch.tensor([[200.0], [100.0], [50.0]])).abs().max() <= 12  # bicubic rings a little at the edges
-
-
-def test_odd_sides_are_halved_downwards(tmp_path):
-    """15 pixels become 7, as in ADM: each the mean of those whose centres lie in its 15 / 7."""
-    ramp = np.broadcast_to(16 * np.arange(15, dtype=np.uint8)[None, :, None], (15, 15, 3))
-    (tmp_path / "mine/train/a").mkdir(parents=True)
-    Image.fromarray(ramp).save(tmp_path / "mine/train/a/0.png")
-    images, _, _ = T.load_data(args(tmp_path, resolution=7), "train")
-    want = [np.mean([16 * x for x in range(15) if i * 15 / 7 < x + 0.5 < (i + 1) * 15 / 7]) for i in range(7)]
-    assert (images[0].float() - torch.tensor(want)).abs().max() <= 1
-
-
-def test_tiny_imagenet_layout(tmp_path):
-    root = tmp_path / "tiny-imagenet"
-    for wnid in ("n01", "n02"):
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        Image.new("RGB", (64, 64), "red").save(root / "train" / wnid / "images" / "a.JPEG", "JPEG")
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("a.JPEG\t0\t0\t1\t1")
-    (root / "val/images").mkdir(parents=True)
-    (root / "test/images").mkdir(parents=True)  # the official folder has a test split without labels
-    for i in range(2):
-        Image.new("RGB", (64, 64), "blue").save(root / "val/images" / f"val_{i}.JPEG", "JPEG")
-    (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t1\t1\nval_1.JPEG\tn01\t0\t0\t1\t1\n")
-    flags = args(tmp_path, "tiny-imagenet", 64)
-    assert T.load_data(flags, "train")[1].tolist() == [0, 1]
-    assert T.load_data(flags, "test")[1].tolist() == [1, 0]
-
-
-def paint(path, size=(8, 8), seed=0):
-    """A picture of noise; what is written under the same name with another seed differs."""
+def paint(path, seed=0):
+    """A picture of noise; all are of one size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.RandomState(seed).randint(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, format="BMP")  # all of one size in bytes
+    Image.fromarray(np.random.RandomState(seed).randint(256, size=(8, 8, 3), dtype=np.uint8)).save(path, "BMP")
+
+
+def pixels(path):
+    """A picture as it is stored, uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------------------
+def test_classes_and_their_files_come_in_sorted_order(tmp_path, monkeypatch):
+    """Whatever the order of the file system is; pixels of the right size are not touched."""
+    def backwards(*args, walk=os.walk, **kw):
+        for parent, folders, names in walk(*args, **kw):
+            folders.sort(reverse=True)
+            yield parent, folders, sorted(names, reverse=True)
+
+    monkeypatch.setattr(os, "walk", backwards)
+    make_folder(tmp_path, classes=("dog", "cat"), n=11)
+    images, labels, classes = load(tmp_path)
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert classes == ["cat", "dog"] and labels.tolist() == [0] * 11 + [1] * 11
+    names = ["0", "1", "10", *map(str, range(2, 10))]
+    want = [pixels(tmp_path / f"mine/train/{label}/{name}.png") for label in classes for name in names]
+    assert images.equal(torch.stack(want))
 
 
 FOLDERS = {  # case: (files below mine/, split, number of images or what the error says)
@@ -113,171 +79,197 @@ def test_folders(case, tmp_path, capsys):
             (tmp_path / "mine" / file).mkdir(parents=True)
         else:
             paint(tmp_path / "mine" / file)
-    if isinstance(result, int):
-        images, labels, classes = T.load_data(args(tmp_path), split)
+    if isinstance(result, str):
+        assert result in refused(capsys, load, tmp_path, split)
+    else:
+        images, labels, classes = load(tmp_path, split)
         assert len(images) == len(labels) == result and (len(classes) == 0) == (case == "no classes")
-        return
-    with pytest.raises(SystemExit) as stop:
-        T.load_data(args(tmp_path), split)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and result in error
 
 
-def test_links(tmp_path):
-    """A class folder may be a link; a link in it that leads back to it adds nothing."""
+def test_tiny_imagenet_layout(tmp_path, capsys):
+    """Its test split is val/, labelled by a table; the official test/ has no labels."""
+    root = tmp_path / "mine"
+    for i, name in enumerate(("train/n01/images/0", "train/n02/images/0", "val/images/0", "val/images/1", "test/0")):
+        paint(root / f"{name}.bmp", seed=i)
+    table = "0.bmp\tn02\t0\t0\t1\t1\n1.bmp\tn01\t0\t0\t1\t1\n"
+    (root / "val/val_annotations.txt").write_text(table)
+    assert load(tmp_path)[1].tolist() == [0, 1]
+    images, labels, _ = load(tmp_path, "test")
+    assert labels.tolist() == [1, 0] and images[1].equal(pixels(root / "val/images/1.bmp"))
+    (root / "val/val_annotations.txt").write_text(table + "2.bmp\tn01\t0\t0\t1\t1\n")
+    assert "missing: 1 of 3 images of val_annotations.txt" in refused(capsys, load, tmp_path, "test")
+
+
+def test_a_class_folder_may_be_a_link(tmp_path):
+    """A link in it that leads back to it adds nothing."""
     paint(tmp_path / "elsewhere/0.bmp")
     (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "mine/train").mkdir(parents=True)
     (tmp_path / "mine/train/cat").symlink_to(tmp_path / "elsewhere")
-    assert len(T.load_data(args(tmp_path), "train")[0]) == 1
+    assert len(load(tmp_path)[0]) == 1
 
 
-def test_annotated_images_that_are_missing(tmp_path, capsys):
-    paint(tmp_path / "mine/train/n01/images/0.bmp")
-    paint(tmp_path / "mine/val/images/0.bmp")
-    (tmp_path / "mine/val/val_annotations.txt").write_text("0.bmp\tn01\t0\n1.bmp\tn01\t0\n")
-    with pytest.raises(SystemExit):
-        T.load_data(args(tmp_path), "test")
-    assert "missing: 1 of 2 images of val_annotations.txt" in capsys.readouterr().err
-
-
-def test_all_images_that_cannot_be_read_are_named(tmp_path, capsys):
-    paint(tmp_path / "mine/train/cat/good.bmp")
-    for i in range(12):
-        (tmp_path / f"mine/train/cat/{i}.png").write_text("I am not an image")
-    with pytest.raises(SystemExit) as stop:
-        T.load_data(args(tmp_path), "train")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "12 of 13 images cannot be read" in error
-    assert all(f"cat/{i}.png: cannot identify" in error for i in range(12))
-    assert not (tmp_path / "mine/.cache").exists()
-
-
-def test_cached_images_follow_the_files(tmp_path):
+# ---- The cache -------------------------------------------------------------------------------------------------------
+def test_cached_images_follow_the_files(tmp_path, monkeypatch):
     """Other pixels under the same name, of the same size and date, are seen; a moved folder is not decoded again."""
     file = tmp_path / "mine/train/cat/0.bmp"
     paint(file)
-    before = T.load_data(args(tmp_path), "train")[0].clone()
-    date = os.stat(file)
-    paint(file, seed=1)
-    os.utime(file, ns=(date.st_atime_ns, date.st_mtime_ns))
-    assert os.stat(file).st_size == date.st_size and os.stat(file).st_mtime_ns == date.st_mtime_ns
-    after = T.load_data(args(tmp_path), "train")[0].clone()
-    assert not after.equal(before) and len(list((tmp_path / "mine/.cache").iterdir())) == 1
+    before, old = load(tmp_path)[0], os.stat(file)
+    while os.stat(file).st_ctime_ns == old.st_ctime_ns:  # the clock of files has ticks
+        paint(file, seed=1)
+        os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert (os.stat(file).st_size, os.stat(file).st_mtime_ns) == (old.st_size, old.st_mtime_ns)
+    after = load(tmp_path)[0]
+    assert after[0].equal(pixels(file)) and not after.equal(before)
     (tmp_path / "mine").rename(tmp_path / "moved")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "load_image", None)  # nothing may be decoded
-        assert T.load_data(args(tmp_path, "moved"), "train")[0].equal(after)
+    with monkeypatch.context() as patch:
+        patch.setattr(T, "load_image", None)
+        assert load(tmp_path, name="moved")[0].equal(after)
+    paint(tmp_path / "moved/train/cat/1.bmp")
+    assert len(load(tmp_path, name="moved")[0]) == 2 and len(list((tmp_path / "moved/.cache").iterdir())) == 1
 
 
-def test_a_cache_of_another_user_or_a_damaged_one(tmp_path, monkeypatch, capsys):
-    """What cannot be read is decoded again; where nothing can be written, a note says so."""
-    paint(tmp_path / "mine/train/cat/0.bmp")
-    want = T.load_data(args(tmp_path), "train")[0].clone()
-    cache = tmp_path / "mine/.cache/train_8.pt"
-    cache.write_bytes(cache.read_bytes()[:100])
-    assert T.load_data(args(tmp_path), "train")[0].equal(want)
-    cache.unlink()
+class Code:
+    """Unpickling this would make a file."""
 
-    def denied(*_):
-        raise PermissionError("Permission denied")
-
-    monkeypatch.setattr(T, "save_checkpoint", denied)
-    assert T.load_data(args(tmp_path), "train")[0].equal(want)
-    assert "not kept" in capsys.readouterr().out and not cache.exists()
+    def __reduce__(self):
+        return open, ("boom", "w")
 
 
-def test_two_jobs_decode_one_data_set(tmp_path, monkeypatch):
-    """While one job decodes, another does, too: both have all images, and one intact file is left."""
-    for i in range(4):
-        paint(tmp_path / f"mine/train/cat/{i}.bmp", seed=i)
-    save, results = T.save_checkpoint, []
-
-    def meanwhile(*given):
-        monkeypatch.setattr(T, "save_checkpoint", save)
-        results.append(T.load_data(args(tmp_path), "train")[0].clone())
-        save(*given)
-
-    monkeypatch.setattr(T, "save_checkpoint", meanwhile)
-    results.append(T.load_data(args(tmp_path), "train")[0])
-    results.append(T.load_data(args(tmp_path), "train")[0])
-    assert len(results) == 3 and all(images.equal(results[0]) and images.any() for images in results)
-    assert len(list((tmp_path / "mine/.cache").iterdir())) == 1
-
-
-RED, BLUE, WHITE = (200, 40, 40), (40, 40, 200), (255, 255, 255)
-IMAGES = {  # of tests/images: mean colours of the left and right half, turned: of top and bottom; or the error
-    "exif_float_for_rational_nan.jpg": ("turned", RED, BLUE),
-    "exif_gps_altitude_ascii.jpg": ("turned", RED, BLUE),
-    "exif_resunit_bytes.jpg": ("turned", RED, BLUE),
-    "exif_width_float.jpg": ("turned", RED, BLUE),
-    "exif_width_string.jpg": ("turned", RED, BLUE),
-    "exif_ycc_string.jpg": ("turned", RED, BLUE),
-    "exif_zero_denominator.jpg": ("turned", RED, BLUE),
-    "exif_png6.png": ("turned", RED, BLUE),
-    "exif_png_broken.png": ("stored", RED, BLUE),
-    "text_2mb.png": ("stored", RED, BLUE),
-    "itxt_2mb.png": ("stored", RED, BLUE),
-    "gray16_trns.png": ("stored", WHITE, (58, 58, 58)),
-    "rgb16_trns.png": ("stored", WHITE, BLUE),
-    "rgba16_halfclear.png": ("stored", WHITE, BLUE),
-    "bgra32_v5_alpha0.bmp": ("stored", RED, BLUE),
-    "bgrx32.bmp": ("stored", RED, BLUE),
-    "cmyk.jpg": ("stored", RED, BLUE),
-    "animated.webp": ("stored", RED, BLUE),
-    "apng.png": ("stored", RED, BLUE),
-    "gif_named.jpg": "is a GIF",
-    "tiff_named.jpg": "is a TIFF",
-    "text_badcrc.png": "cannot identify",
+DAMAGES = {  # from what the cache holds
+    "cut": lambda stored, file: file.write_bytes(file.read_bytes()[:-1]),
+    "code": lambda stored, file: torch.save(stored | {"images": Code()}, file),
+    "a list": lambda stored, file: torch.save([stored], file),
+    "other images": lambda stored, file: torch.save({"key": "?", "images": stored["images"] + 1}, file),
 }
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_images_of_the_field(name):
-    path, result = ROOT / "tests/images" / name, IMAGES[name]
-    if isinstance(result, str):
-        with pytest.raises(Exception, match=result):
-            T.load_image(path, 16)
+def denied(*_):
+    raise PermissionError("Permission denied")
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_cache_is_made_anew_if_it_can_be(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path / "mine/train/cat/0.bmp")
+    images, file = load(tmp_path)[0], tmp_path / "mine/.cache/train_8.pt"
+    stored = torch.load(file, weights_only=True)
+    DAMAGES[case](stored, file)
+    assert load(tmp_path)[0].equal(images) and not (tmp_path / "boom").exists()
+    again = torch.load(file, weights_only=True)
+    assert again["key"] == stored["key"] and again["images"].equal(images) and len(list(file.parent.iterdir())) == 1
+    assert "error" not in capsys.readouterr().err
+    file.unlink()
+    monkeypatch.setattr(T, "save_checkpoint", denied)  # a folder that is full, or another user's
+    assert load(tmp_path)[0].equal(images) and "not kept" in capsys.readouterr().out
+
+
+# ---- Images ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", [16, 33])
+@pytest.mark.parametrize("size", [(97, 61), (61, 97), (32, 41), (140, 66), (135, 267), (33, 31), (12, 25), (15, 15)])
+def test_images_are_resized_and_cropped_as_by_adm(size, side, tmp_path):
+    """Halved by BOX (odd sides downwards) while the smaller side is at least twice `side`, BICUBIC, center crop."""
+    picture = Image.fromarray(np.random.RandomState(0).randint(256, size=(*size[::-1], 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png")
+    for _ in range(int(math.log2(max(1, min(size) / side)))):
+        picture = picture.resize([length // 2 for length in picture.size], Image.Resampling.BOX)
+    shorter = min(picture.size)
+    width, height = (round(length * side / shorter) for length in picture.size)
+    array = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    array = array[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
+    assert np.array_equal(T.load_image(tmp_path / "a.png", side).permute(1, 2, 0), array)
+
+
+RED, BLUE, GRAY, WHITE = (200, 40, 40), (40, 40, 200), (58, 58, 58), (255, 255, 255)
+IMAGES = (  # of tests/images: pattern, what lies at the left, at the right once they are upright; or what is refused
+    ("exif_[!p]*.jpg", RED, BLUE), ("exif_png6.png", RED, BLUE), ("exif_png_broken.png", RED, BLUE),
+    ("*xt_2mb.png", RED, BLUE), ("gray16_trns.png", WHITE, GRAY), ("rgb16_trns.png", WHITE, BLUE),
+    ("rgba16_halfclear.png", WHITE, BLUE), ("bgr*32*.bmp", RED, BLUE), ("cmyk.jpg", RED, BLUE),
+    ("animated.webp", RED, BLUE), ("apng.png", RED, BLUE), ("text_badcrc.png", "cannot identify", None),
+    ("gif_named.jpg", "is a GIF; read are PNG, JPEG, WebP, BMP", None), ("tiff_named.jpg", "is a TIFF", None),
+)  # fmt: skip
+FILES = [(path.name, *row[1:]) for row in IMAGES for path in sorted((ROOT / "tests/images").glob(row[0]))]
+
+
+@pytest.mark.parametrize(("name", "left", "right"), FILES)
+def test_images_of_the_field(name, left, right):
+    assert len(FILES) == len(list((ROOT / "tests/images").iterdir()))  # each has a row
+    if right is None:
+        with pytest.raises(Exception, match=left):
+            T.load_image(ROOT / "tests/images" / name, 16)
         return
-    image = T.load_image(path, 16).float()
-    if result[0] == "turned":
-        image = image.transpose(1, 2)
-    halves = image[:, :, :8].mean((1, 2)), image[:, :, 8:].mean((1, 2))
-    for half, colour in zip(halves, result[1:], strict=True):
-        assert (half - torch.tensor(colour)).abs().max() <= 4, (half, colour)  # JPEG blurs the edge
+    image = T.load_image(ROOT / "tests/images" / name, 16).float()
+    if name.startswith("exif") and name != "exif_png_broken.png":
+        image = image.transpose(1, 2)  # stored upright, shown lying
+    for half, colour in ((image[:, :, :8], left), (image[:, :, 8:], right)):
+        assert (half.mean((1, 2)) - torch.tensor(colour)).abs().max() <= 4  # JPEG blurs the edge
 
 
+def test_images_are_turned_as_exif_says(tmp_path):
+    stored = np.random.RandomState(0).randint(256, size=(6, 4, 3), dtype=np.uint8)
+    across = stored.transpose(1, 0, 2)
+    upright = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1]]
+    upright += [across, np.rot90(stored, -1), across[::-1, ::-1], np.rot90(stored)]
+    for orientation, want in enumerate(upright, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+        assert np.array_equal(T.open_image(tmp_path / "a.png"), want), orientation
+
+
+def test_images_lie_on_white_where_they_are_transparent(tmp_path):
+    """By a channel, in part; by one colour; in a palette, by one index or by a list. 16 bits keep their high byte."""
+    rng = np.random.RandomState(0)
+    rgba = rng.randint(256, size=(6, 4, 4), dtype=np.uint8)
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    deep = rng.randint(65536, size=(6, 4, 1), dtype=np.uint16)
+    palette = Image.fromarray(rgb).quantize(8)
+    index, colours = np.asarray(palette)[..., None], np.asarray(palette.convert("RGB"))
+    clear_colour = (rgb == rgb[1, 2]).all(2, keepdims=True)
+    for name, image, clear, want, error in (
+        ("RGBA", Image.fromarray(rgba), None, rgb * (alpha / 255) + 255 - alpha, 1),
+        ("LA", Image.fromarray(rgba[..., 2:], "LA"), None, rgba[..., 2:3] * (alpha / 255) + 255 - alpha, 1),
+        ("a colour", Image.fromarray(rgb), tuple(map(int, rgb[1, 2])), np.where(clear_colour, 255, rgb), 0),
+        ("an index", palette, 3, np.where(index == 3, 255, colours), 0),
+        ("a list", palette, bytes([0, 255] * 4), np.where(index % 2 == 0, 255, colours), 0),
+        ("16 bits", Image.fromarray(deep[..., 0]), None, deep >> 8, 0),
+        ("1 bit", Image.new("1", (4, 6), 1), None, 255, 0),
+    ):
+        image.save(tmp_path / "a.png", **({} if clear is None else {"transparency": clear}))
+        found = np.asarray(T.open_image(tmp_path / "a.png"))
+        assert found.shape == (6, 4, 3) and np.abs(found - np.float64(want)).max() <= error, name
+
+
+# ---- CIFAR, shapes, ranges -------------------------------------------------------------------------------------------
 def test_cifar_without_network(tmp_path, capsys, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(T.datasets, "CIFAR10", offline)
-    with pytest.raises(SystemExit) as stop:
-        T.load_data(args(tmp_path, "cifar10", 32), "train")
-    assert stop.value.code == 2 and "train/<class>/" in capsys.readouterr().err
+    assert "train/<class>/" in refused(capsys, load, tmp_path, "train", "cifar10", 32)
 
 
-def test_shapes_are_the_same_for_everyone():
-    images, labels = T.draw_shapes(500, 0, 16)
-    assert images.shape == (500, 3, 16, 16) and labels.bincount().tolist() == [50] * len(T.SHAPES)
-    again = T.draw_shapes(500, 0, 16)
-    assert again[0].equal(images) and again[1].equal(labels)
-    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "e5fc3b1812f40654"
-    assert not T.draw_shapes(500, 1, 16)[0].equal(images)
-    large, same = T.draw_shapes(500, 0, 32)  # the same scenes at any side
-    assert same.equal(labels) and (F.avg_pool2d(large.float(), 2) - images).abs().max() <= 1
+FROZEN = (  # sha256 of pixels and labels: benchmark data must never change
+    ("train", 10_000, "4feecacb2ae5af488c50e0f9c515f2ddf4c634b302097dde458a05709c61d09e"),
+    ("test", 2000, "a6be99c0e48530e6d0966ef060fed66859ba144d753f24aebf8b6c1696f00614"),
+)
 
 
-def test_shapes_are_hard_for_raw_pixels():
-    """Ridge regression on raw pixels, the closed form of a linear probe: above chance, below a third."""
-    (x, y), (x_test, y_test) = T.draw_shapes(6000, 0, 16), T.draw_shapes(2000, 1, 16)
-    x, x_test = (torch.cat([T.to_x0(i).flatten(1), torch.ones(len(i), 1)], 1).double() for i in (x, x_test))
-    w = torch.linalg.solve(x.T @ x + 100 * torch.eye(x.shape[1]), x.T @ torch.eye(10, dtype=torch.float64)[y])
-    accuracy = ((x_test @ w).argmax(1) == y_test).double().mean().item()
-    assert 0.15 < accuracy < 0.32, accuracy
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "n", "digest"), FROZEN)
+def test_shapes_are_frozen(split, n, digest, tmp_path):
+    images, labels, classes = load(tmp_path, split, "shapes", 16)
+    assert images.shape == (n, 3, 16, 16) and labels.bincount().tolist() == [n // 10] * 10
+    assert classes[0] == "solid triangle" and classes[9] == "hollow disc"
+    assert hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest() == digest
 
 
-def test_range_and_round_trip():
+def test_shapes_are_the_same_scenes_at_any_side():
+    (small, labels), (large, same) = T.draw_shapes(100, 0, 16), T.draw_shapes(100, 0, 32)
+    assert same.equal(labels) and (F.avg_pool2d(large.float(), 2) - small).abs().max() <= 1
+
+
+def test_pixels_lie_in_minus_one_to_one_and_come_back():
     images = torch.arange(256).repeat(3).view(1, 3, 16, 16).to(torch.uint8)
     x0 = T.to_x0(images)
     assert x0.min() == -1 and x0.max() == 1 and x0.dtype == torch.float32
@@ -287,11 +279,11 @@ def test_range_and_round_trip():
     assert pair[:1].equal(x0) and pair[1:].equal(x0.flip(3)) and not pair[1].equal(pair[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("DDAE_DATA" not in os.environ, reason="set DDAE_DATA to a folder with cifar10/ and cifar100/")
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
 def test_real_cifar(name, classes):
-    flags = args(os.environ["DDAE_DATA"], name, 32)
-    images, labels, names = T.load_data(flags, "train")
+    images, labels, names = load(os.environ["DDAE_DATA"], "train", name, 32)
     assert images.shape == (50_000, 3, 32, 32) and len(names) == classes
     assert labels.bincount().tolist() == [50_000 // classes] * classes
-    assert len(T.load_data(flags, "test")[0]) == 10_000
+    assert len(load(os.environ["DDAE_DATA"], "test", name, 32)[0]) == 10_000

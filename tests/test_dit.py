@@ -1,16 +1,13 @@
 """train_dit.py: parity with LightningDiT and its VA-VAE, guidance, the cache of latents, and runs by its user."""
 
-import contextlib
-import errno
 import hashlib
-import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, check_equal_steps, check_resumed, launch, load, metrics
+from conftest import ROOT, check_equal_steps, launch, load, make_checkpoint, make_folder, metrics, refused, run
 from PIL import Image
 
 import probe
@@ -20,7 +17,7 @@ import train_unet as T
 
 pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8"]
-GRID, SHARD = D.save_grid, D.SHARD
+GRID, SIZES = D.save_grid, (D.SHARD, D.BLOCK, D.STATISTICS)
 
 
 def network(seed=0, **kw):
@@ -41,8 +38,8 @@ def batch(n=3, seed=0):
 # ---- parity and sizes
 def official(f, config):
     """The fixture's network; what it keeps from its constructor must be what ours computes."""
-    net = D.DiT(config["in_channels"], config["input_size"], config["patch_size"], config["hidden_size"],
-                config["depth"], config["num_heads"], classes=config["num_classes"])  # fmt: skip
+    sizes = ("in_channels", "input_size", "patch_size", "hidden_size", "depth", "num_heads")
+    net = D.DiT(*(config[name] for name in sizes), classes=config["num_classes"])
     missing, unexpected = net.load_state_dict(f.weights(), strict=False)
     assert set(missing) == set(f.kept) and not unexpected and set(net.state_dict()) == set(f.shapes)
     return net.eval().requires_grad_(False)
@@ -54,7 +51,7 @@ def test_dit(golden):
     net.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
     assert sum(p.numel() for p in net.parameters()) == f.param_count
     for name, value in f.kept_values.items():
-        assert torch.allclose(net.state_dict()[name], value, atol=1e-6), name
+        assert torch.allclose(net.state_dict()[name], value, rtol=2e-5, atol=2e-5), name
     x, t, y = (f.inputs[k] for k in "xty")
     f.check("t_emb", net.t_embedder(t))
     f.check("y_emb", net.y_embedder(y))
@@ -107,30 +104,22 @@ def test_vae(golden, tmp_path):
     torch.save({"state_dict": f.weights() | {"loss.logvar": torch.zeros(1)}, "epoch": 3}, tmp_path / "vae.pt")
     vae = D.load_vae(tmp_path / "vae.pt", "cpu")
     assert sum(p.numel() for p in vae.parameters()) == f.param_count
-    with torch.device("meta"):
-        assert sum(p.numel() for p in D.VAE().parameters()) == 69_836_067
-    x = f.inputs["image"]
-    f.check("encoder", vae.encoder(x))
-    f.check("moments", vae.quant_conv(vae.encoder(x)))
-    mean, std = vae.encode(x)
+    mean, std = vae.encode(f.inputs["image"])
     f.check("mean", mean)
     f.check("logvar", 2 * std.log())
     f.check("decoded", vae.decode(mean))
 
 
 def test_full_size_parameter_counts():
-    def count(*flags):
-        with torch.device("meta"):
-            args = D.parse_args(["--cache-latents", "none-yet", *flags])
+    counts = {"": 129_787_424, "--cond": 130_556_192, "--self-cond": 129_787_424 + 1_378_304,  # [P]: 1.38 M
+              "--qk-norm": 129_787_424 + 12 * 2 * 64}  # fmt: skip
+    with torch.device("meta"):
+        assert sum(p.numel() for p in D.VAE().parameters()) == 69_836_067
+        for flags, count in counts.items():
+            args = D.parse_args(["--cache-latents", "none-yet", *flags.split()])
             args.classes, args.latents = [str(i) for i in range(1000)], {"mean": [0.0] * 32}
             net, _ = D.build(args)
-        assert net.shape == (32, 16, 16)
-        return sum(p.numel() for p in net.parameters())
-
-    assert count() == 129_787_424
-    assert count("--cond") == 130_556_192
-    assert count("--self-cond") == 129_787_424 + 1_378_304  # [P]: 1.38 M
-    assert count("--qk-norm") == 129_787_424 + 12 * 2 * 64
+            assert net.shape == (32, 16, 16) and sum(p.numel() for p in net.parameters()) == count, flags
 
 
 # ---- network
@@ -144,8 +133,8 @@ def untrained(*flags):
 def test_self_conditioning_starts_as_the_baseline_and_reaches_the_decoder_only():
     base, plus = network(), network(self_cond="adaptive", layer="2")
     plus.load_state_dict(base.state_dict(), strict=False)
-    for module in (plus.self_cond.mlp[2].weight, plus.self_cond.mlp[2].bias):
-        torch.nn.init.zeros_(module)
+    for parameter in plus.self_cond.mlp[2].parameters():
+        torch.nn.init.zeros_(parameter)
     x, t = batch()
     assert base(x, t).equal(plus(x, t))
     before = plus.features(x, t)
@@ -169,7 +158,7 @@ def test_teacher_stops_at_the_layer_and_feature_is_the_pooled_block():
         block.register_forward_hook(lambda *_: calls.append(1))
     x, t = batch()
     out, feat, e_t = net(x, t, with_feat=True)
-    assert len(calls) == 4 and out.equal(net(x, t)) and feat.allclose(net.features(x, t)["3"], atol=1e-6)
+    assert len(calls) == 4 and out.equal(net(x, t)) and feat.allclose(net.features(x, t)["3"], rtol=2e-5, atol=2e-5)
     calls.clear()
     only = net.encode(x, t)
     assert len(calls) == 3 and only[0].equal(feat) and only[1].equal(e_t)
@@ -181,7 +170,7 @@ def test_null_class_and_token_pooling():
     labelled = net(x, t, torch.tensor([0, 1, 2]))
     assert net(x, t).equal(net(x, t, torch.full((3,), 4))) and not net(x, t).equal(labelled)
     mixed = net(x, t, torch.tensor([0, -1, 2]))  # -1 is the null class, too
-    assert mixed[1].allclose(net(x, t)[1], atol=1e-5) and mixed[[0, 2]].allclose(labelled[[0, 2]], atol=1e-5)
+    assert mixed[1].allclose(net(x, t)[1], atol=5e-5) and mixed[[0, 2]].allclose(labelled[[0, 2]], atol=5e-5)
     assert not mixed[1].allclose(labelled[1], atol=1e-3)
     maps = {}
     net.run(x, t, None, None, maps=maps)
@@ -216,65 +205,51 @@ def test_network_refuses_what_it_cannot_take():
             call(**kw)
 
 
-# ---- runs
+# ---- flags
 def train(out, *flags):
     """Run the script in this process; returns its metrics lines without the header."""
-    D.main(D.parse_args([*TINY, "--out", *map(str, [out, *flags])]))
+    run(D, *TINY, "--out", out, *flags)
     return metrics(Path(out))
 
 
-@contextlib.contextmanager
-def refused(capsys, says):
-    """The block must end with status 2 and one line of error that says why."""
-    with pytest.raises(SystemExit) as stop:
-        yield
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stop.value.code == 2 and len(lines) == 1 and says in lines[0], (says, lines)
-
-
-def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
-    flags = ["--self-cond", "--cond", "--cl", "0.01", "--qk-norm", "--epochs", "2"]
-    whole = train(tmp_path / "a", *flags, "--max-steps", "10")
-    train(tmp_path / "b", *flags, "--max-steps", "7")
-    parts = train(tmp_path / "b", *flags, "--max-steps", "10", "--resume")
-    check_resumed(tmp_path / "a", tmp_path / "b", whole, parts)
-
-
 def test_defaults_are_the_papers():
-    latents, paper = ["--cache-latents", "x"], {"batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0}
-    for dataset, flags, want in (
-        ("elsewhere", [], {"patch": 4, "size": "B", **paper}),
-        ("cifar100", [], {"patch": 2, "cl_t": 0.06, "layer": "8", "epochs": 2000, **paper}),
-        ("imagenet100", latents, {"patch": 1, "resolution": 256, "cl_t": 0.25, "layer": "8", "epochs": 1400, **paper,
-                                  "cl_hidden": 4096, "qk_norm": False}),
-        ("imagenet100", [*latents, "--cond"], {"layer": "8", "epochs": 1000}),
-        ("imagenet100", [*latents, "--size", "XL"], {"layer": "19"}),
-        ("imagenet", latents, {"layer": "9", "epochs": 90, "save_every": 20}),
-        ("imagenet", [*latents, "--cond"], {"layer": "10", "epochs": 90}),
-        ("imagenet", [*latents, "--cond", "--size", "L"], {"layer": "20"}),
-    ):  # fmt: skip
-        args = vars(D.parse_args(["--dataset", dataset, *flags]))
-        assert {name: args[name] for name in want} == want
+    paper, latents = {"batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0}, "--cache-latents x "
+    for flags, want in {
+        "elsewhere": {"patch": 4, "size": "B", **paper},
+        "cifar100": {"patch": 2, "cl_t": 0.06, "layer": "8", "epochs": 2000, **paper},
+        "imagenet100 " + latents: {"patch": 1, "resolution": 256, "cl_t": 0.25, "layer": "8", "epochs": 1400, **paper,
+                                   "cl_hidden": 4096, "qk_norm": False},
+        "imagenet100 --cond " + latents: {"layer": "8", "epochs": 1000},
+        "imagenet100 --size XL " + latents: {"layer": "19"},
+        "imagenet " + latents: {"layer": "9", "epochs": 90, "save_every": 20},
+        "imagenet --cond " + latents: {"layer": "10", "epochs": 90},
+        "imagenet --cond --size L " + latents: {"layer": "20"},
+    }.items():  # fmt: skip
+        args = vars(D.parse_args(["--dataset", *flags.split()]))
+        assert {name: args[name] for name in want} == want, flags
 
 
-def test_mistakes_end_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--patch 5", "do not divide"), ("--layer 9", "1, 2, 3"), ("--cl-t 2", "times from 0 to 1"),
+        ("--layer 6 --self-cond", "no decoder"), ("--cond 3", "unrecognized arguments: 3"),
+        ("--vae x.pt", "--cache-latents DIR"), ("--latent-stats x.pt", "--cache-latents DIR"),
+        ("--resolution 0", "--resolution must be above 0"), ("--cache-latents x", "give --vae FILE"),
+        ("--cache-latents x --vae none.pt", "holds no latents"),
+        ("--cache-latents x --resolution 40", "multiples of 16 pixels, not 40"),
+        (f"--cache-latents x --vae {__file__}", "shapes/train/<class>/*"),  # nothing to encode
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for flags, says in (
-        (["--patch", "5"], "do not divide"), (["--layer", "9"], "1, 2, 3"), (["--cl-t", "2"], "times from 0 to 1"),
-        (["--layer", "6", "--self-cond"], "no decoder"), (["--cond", "3"], "unrecognized arguments: 3"),
-        (["--vae", "x.pt"], "--cache-latents DIR"), (["--latent-stats", "x.pt"], "--cache-latents DIR"),
-        (["--resolution", "0"], "--resolution must be above 0"), (["--cache-latents", "x"], "give --vae FILE"),
-        (["--cache-latents", "x", "--vae", "none.pt"], "holds no latents"),
-        (["--cache-latents", "x", "--resolution", "40"], "multiples of 16 pixels, not 40"),
-        (["--cache-latents", "x", "--vae", __file__], "shapes/train/<class>/*"),  # nothing to encode
-    ):  # fmt: skip
-        with refused(capsys, says):
-            train("run", *flags)
+    assert says in refused(capsys, train, "run", *flags.split())
     assert not list(tmp_path.iterdir())
 
 
-def test_init_takes_all_weights_or_none(tmp_path, capsys):
-    for public, ours, says in (
+@pytest.mark.parametrize(
+    ("public", "ours", "says"),
+    [
         ("--qk-norm --self-cond --cond", "--qk-norm --self-cond --cond", None),
         ("--qk-norm", "--qk-norm --self-cond", None),  # [P] adds it to public weights
         ("--qk-norm --cond", "--cond", "unexpected ['blocks.0.attn.q_norm.weight'"),
@@ -282,12 +257,16 @@ def test_init_takes_all_weights_or_none(tmp_path, capsys):
         ("--cond", "", "unexpected ['y_embedder.embedding_table.weight']"),
         ("", "--cond", "missing ['y_embedder.embedding_table.weight']"),
         ("--patch 4", "", "does not fit: size mismatch for "),
-    ):
-        source, net = untrained(*public.split()), untrained(*ours.split())
-        torch.save({"ema": {f"module.{k}": v + 1 for k, v in source.state_dict().items()}}, tmp_path / "public.pt")
-        with refused(capsys, says) if says else contextlib.nullcontext():
-            D.load_weights(net, tmp_path / "public.pt")
-        assert says or all(net.state_dict()[k].equal(v + 1) for k, v in source.state_dict().items())
+    ],
+)
+def test_init_takes_all_weights_or_none(public, ours, says, tmp_path, capsys):
+    source, net = untrained(*public.split()).state_dict(), untrained(*ours.split())
+    torch.save({"ema": {f"module.{k}": v + 1 for k, v in source.items()}}, tmp_path / "public.pt")
+    if says:
+        assert says in refused(capsys, D.load_weights, net, tmp_path / "public.pt")
+    else:
+        D.load_weights(net, tmp_path / "public.pt")
+        assert all(net.state_dict()[k].equal(v + 1) for k, v in source.items())
 
 
 # ---- latents
@@ -296,19 +275,16 @@ RUN = ["--cond", "--self-cond", "--cl", "0.01", "--max-steps", "3"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Class folders of 150 and 20 images of noise, three shards and one, a random small VA-VAE, and flags for them."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
-    for split, n in (("train", 150), ("test", 20)):
-        for i in range(n):
-            path = root / "data/pics" / split / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            coarse = rng.randint(0, 256, (4, 4, 3)).astype(np.uint8)
-            Image.fromarray(coarse).resize((40, 36), Image.Resampling.BICUBIC).save(path)
+    """Class folders of 150 and 20 images of noise, two shards and one, a random small VA-VAE, and flags for them."""
+    root = tmp_path_factory.mktemp("pictures")
+    make_folder(root / "data", "pics", ("train",), "ab", 75, (40, 36))
+    make_folder(root / "data", "pics", ("test",), "ab", 10, (40, 36))
     torch.manual_seed(0)
     torch.save({"state_dict": D.VAE(32, 4).state_dict()}, root / "vae.pt")
     flags = ["--dataset", "pics", "--data", str(root / "data"), "--resolution", "32", "--vae", str(root / "vae.pt")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(D, "SHARD", 64)
+        patch.setattr(D, "SHARD", 128)
+        patch.setattr(D, "STATISTICS", 100)
         yield root, flags
 
 
@@ -343,60 +319,37 @@ def draws(vae, files, seed):
     return (mean + std * noise).unflatten(0, (-1, 2))
 
 
+@pytest.mark.slow
 def test_cache_equals_a_replay_and_needs_neither_images_nor_vae(pictures, cached, tmp_path):
+    """Two shards, of 128 images in two blocks and of 22; 100 images for the statistics. The sizes are smaller here."""
+    assert SIZES == (4096, 64, 2048)
     folder, vae = cached[1], D.load_vae(pictures[0] / "vae.pt", "cpu")
-    files = {split: [] for split in ("train", "test")}
-    for split, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
-        files[split] += sorted(str(path) for path in (pictures[0] / "data/pics" / split / label).iterdir())
-    some = [files["train"][i] for i in np.random.RandomState(0).permutation(150)]
-    z = torch.cat([draws(vae, some[i : i + 64], seed(0, i)) for i in (0, 64, 128)])
+    files = {}
+    for split in ("train", "test"):
+        found = (pictures[0] / "data/pics" / split).glob("*/*")
+        files[split] = sorted(map(str, found))
+    some = [files["train"][i] for i in np.random.RandomState(0).permutation(150)[:100]]
+    z = torch.cat([draws(vae, some[i : i + 64], seed(0, i)) for i in (0, 64)])
     mean, std = z.mean((0, 1, 3, 4)), z.std((0, 1, 3, 4))
     sha = hashlib.sha256((pictures[0] / "vae.pt").read_bytes()).hexdigest()
     assert torch.load(folder / "meta.pt", weights_only=True) == {
         "dataset": "pics", "resolution": 32, "classes": ["a", "b"], "train": 150, "test": 20, "vae": sha[:16],
         "mean": mean.tolist(), "std": std.tolist(),
     }  # fmt: skip
-    names = ["meta.pt"]
-    for split, shards in (("train", 3), ("test", 1)):
+    assert content(folder).keys() == {"meta.pt", "test_00000.pt", "train_00000.pt", "train_00001.pt"}
+    for split, shards in (("train", 2), ("test", 1)):
         x0, labels, classes, _ = open_cache(folder, *pictures[1][:-2], "--data", tmp_path, split=split)
         assert classes == ["a", "b"] and [classes[i] for i in labels] == [Path(file).parts[-2] for file in files[split]]
         for i in range(shards):
-            names.append(f"{split}_{i:05d}.pt")
-            part, rows = torch.load(folder / names[-1], weights_only=True), slice(64 * i, 64 * i + 64)
-            z = draws(vae, files[split][rows], seed(1, split == "train", i))
+            part, rows = torch.load(folder / f"{split}_{i:05d}.pt", weights_only=True), slice(128 * i, 128 * i + 128)
+            blocks = [(0, 0), (64, 1)] if (split, i) == ("train", 0) else [(128 * i, 2 * i)]
+            z = torch.cat([draws(vae, files[split][k : k + 64], seed(1, split == "train", n)) for k, n in blocks])
             want = ((z - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).half()
             assert part.keys() == {"latents", "labels"} and part["labels"].equal(labels[rows])
             assert want.equal(part["latents"]) and want.equal(x0[rows])
-    assert content(folder).keys() == set(names)
     maps, flip = Path("/proc/self/maps"), torch.arange(20) % 3 == 0
     assert not maps.exists() or f"{folder}/test_00000.pt" in maps.read_text()  # x0 is of the file, not read
     assert D.to_x0(x0[:], flip).equal(x0[:][range(20), flip.int()].float())
-
-
-def test_a_large_set_has_shards_of_4096_and_statistics_of_2048_random_images(pictures, tmp_path, monkeypatch):
-    """The images are numbers here, and their own latents."""
-    samples = {"train": [(f"{i}", i % 3) for i in range(5000)], "test": [(f"{i}", 0) for i in range(100)]}
-    calls, want = [], []
-
-    def encode(vae, files, resolution, seed):
-        calls.append((files, seed))
-        return torch.tensor([float(file) for file in files]).view(-1, 1, 1, 1, 1).expand(-1, 2, 4, 1, 1)
-
-    monkeypatch.setattr(D, "SHARD", SHARD)
-    monkeypatch.setattr(D, "encode_images", encode)
-    monkeypatch.setattr(D, "load_vae", lambda *_: None)
-    monkeypatch.setattr(D, "list_images", lambda root, split: (samples[split], ["a", "b", "c"]))
-    x0, labels, _, args = open_cache(tmp_path, *pictures[1])
-    some = np.random.RandomState(0).permutation(5000)[:2048]
-    for indices, *numbers in ((some, 0), (np.arange(5000), 1, 1), (np.arange(100), 1, 0)):
-        for first in range(0, len(indices), 64):
-            block = first if numbers == [0] else first // 64
-            want.append(([str(i) for i in indices[first : first + 64]], seed(*numbers, block)))
-    assert calls == want and {"train_00000.pt", "train_00001.pt"} < content(tmp_path).keys()
-    mean, std = args.latents["mean"][0], args.latents["std"][0]
-    assert (mean, std) == pytest.approx((some.mean(), some.std(ddof=1)), rel=1e-3)
-    want = ((torch.arange(5000.0) - mean) / std).half().view(-1, 1, 1, 1, 1).expand(-1, 2, 4, 1, 1)
-    assert x0[:].equal(want) and labels.equal(torch.arange(5000) % 3)
 
 
 def test_shards_are_indexed_as_one_tensor(monkeypatch):
@@ -413,9 +366,10 @@ def test_shards_are_indexed_as_one_tensor(monkeypatch):
     assert len(shards) == 10 and shards.to(torch.device("cpu")) is shards
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_goes_on_with_the_missing_shards(pictures, cached, tmp_path, monkeypatch):
     """What is finished is neither read again nor written again, and the end is the same."""
-    read, seen, limit = D.load_image, [], 150 + 64 + 10  # for the statistics, one shard, and a part of the next
+    read, seen, limit = D.load_image, [], 100 + 128 + 10  # for the statistics, one shard, and a part of the next
 
     def load_image(path, resolution):
         seen.append(path)
@@ -431,14 +385,15 @@ def test_a_killed_encoding_goes_on_with_the_missing_shards(pictures, cached, tmp
         open_cache(tmp_path, *pictures[1])
     before, limit = states(), 10_000
     assert sorted(before) == ["meta.pt", "train_00000.pt"]
-    for images in (150 - 64 + 20, 64, 0):
+    for images in (22 + 20, 22, 0):
         seen.clear()
         open_cache(tmp_path, *pictures[1])
         assert len(seen) == images and before.items() <= states().items() and content(tmp_path) == content(cached[1])
-        if images > 64:
+        if images > 22:
             (tmp_path / "train_00001.pt").unlink()
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_same_shards_and_the_same_steps(pictures, cached, tmp_path):
     (tmp_path / "script.py").write_text(f"""import sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
@@ -447,52 +402,31 @@ make_shards = D.make_shards
 def report(args, meta, shards, device):
     print("makes", *[shard[0].name for shard in shards])
     make_shards(args, meta, shards, device)
-vars(D).update(conftest.shrink(D), SHARD=64, make_shards=report)
+vars(D).update(conftest.shrink(D), SHARD=128, STATISTICS=100, make_shards=report)
 D.main(D.parse_args())
 """)
     flags = [*pictures[1], *RUN, "--cache-latents", str(tmp_path / "latents"), "--out", str(tmp_path / "run")]
     lines = launch(2, str(tmp_path / "script.py"), *TINY, *flags).stdout.splitlines()
     made = {line for line in lines if line.startswith("makes")}
-    assert made == {"makes train_00000.pt train_00002.pt", "makes train_00001.pt test_00000.pt"}  # in turn
+    assert made == {"makes train_00000.pt test_00000.pt", "makes train_00001.pt"}  # in turn
     assert content(tmp_path / "latents") == content(cached[1])
     check_equal_steps(cached[0], tmp_path / "run", rel=1e-3)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")])
-def test_a_full_disk_is_one_line(pictures, tmp_path, capfd, monkeypatch, error):
-    """With the script run as its user does. Nothing half-written is left, and what was finished stays."""
-    save = torch.save
-
-    def full(state, file):
-        if "latents" in state:
-            file.write(b"half of it")
-            raise error
-        save(state, file)
-
-    flags = [*TINY, *pictures[1], "--cache-latents", str(tmp_path / "latents"), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr("sys.argv", ["train_dit.py", *flags])
-    with refused(capfd, f"train_00000.pt cannot be written, is the disk full? ({error})"):
-        runpy.run_path(str(ROOT / "train_dit.py"), run_name="__main__")
-    assert [path.name for path in tmp_path.rglob("*")] == ["latents", "meta.pt"]
-
-
+@pytest.mark.slow
 def test_images_without_classes_become_latents(pictures, tmp_path, capsys):
-    for file in (pictures[0] / "data/pics").glob("*/*/*.png"):
-        split = tmp_path / "flat" / file.parts[-3]
-        split.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, split)
+    for split in ("train", "test"):
+        shutil.copytree(pictures[0] / "data/pics" / split / "a", tmp_path / "flat" / split)
     flags = [*pictures[1], "--dataset", "flat", "--data", tmp_path, "--cache-latents", tmp_path / "latents"]
     assert train(tmp_path / "run", *flags, "--max-steps", "1")[0]["step"] == 1
     assert load(tmp_path / "run")["args"]["classes"] == []
-    with refused(capsys, "--cond needs classes"):
-        train(tmp_path / "cond", *flags, "--cond")
+    assert "--cond needs classes" in refused(capsys, train, tmp_path / "cond", *flags, "--cond")
 
 
 def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     """Nor does one that was begun go on with other images."""
     whole, begun = cached[1], shutil.copytree(cached[1], tmp_path / "begun")
-    (begun / "train_00001.pt").unlink()
+    (begun / "train_00000.pt").unlink()
     before = content(begun)
     images = shutil.copytree(pictures[0] / "data/pics", tmp_path / "data/pics")
     (images / "train/b/1.png").write_bytes(b"no picture")
@@ -514,32 +448,25 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     ):
         if lost:
             (images / lost).unlink()
-        with refused(capsys, says):
-            open_cache(folder, *pictures[1][:-2], "--data", tmp_path / "data", *more)
+        assert says in refused(capsys, open_cache, folder, *pictures[1][:-2], "--data", tmp_path / "data", *more)
     assert content(begun) == before
     (begun / "meta.pt").write_bytes(b"{")
-    with refused(capsys, "meta.pt cannot be read"):
-        open_cache(begun, *pictures[1])
+    assert "meta.pt cannot be read" in refused(capsys, open_cache, begun, *pictures[1])
 
 
-def test_a_run_goes_on_with_its_own_images_and_classes(pictures, cached, tmp_path, capsys):
-    """The VA-VAE, whose work is done, may be gone, and the latents have moved; the probe finds them by --data."""
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
+    """The VA-VAE, whose work is done, may be gone; the probe finds the latents by --data."""
     folder = shutil.copytree(cached[1], tmp_path / "moved")
     shutil.copy(pictures[1][-1], tmp_path / "vae.pt")
-    run, flags = tmp_path / "run", [*pictures[1], "--vae", tmp_path / "vae.pt", "--cond", "--cache-latents"]
-    train(run, *flags, cached[1], "--max-steps", "1")
+    out, flags = tmp_path / "run", [*pictures[1], "--vae", tmp_path / "vae.pt", "--cond", "--cache-latents"]
+    train(out, *flags, cached[1], "--max-steps", "1")
     (tmp_path / "vae.pt").unlink()
-    assert train(run, *flags, folder, "--max-steps", "2", "--resume")[-1]["step"] == load(run)["step"] == 2
-    probe.main(probe.parse_args([str(run), "--data", str(folder), "--epochs", "1", "--batch", "16"]))
-    meta = torch.load(folder / "meta.pt", weights_only=True)
-    for change, says in (
-        ({"train": 128}, "it had 150 images, now 128"), ({"classes": ["a", "c"]}, "class names differ"),
-    ):  # fmt: skip
-        torch.save(meta | change, folder / "meta.pt")
-        with refused(capsys, says):
-            train(run, *flags, folder, "--max-steps", "3", "--resume")
+    assert train(out, *flags, folder, "--max-steps", "2", "--resume")[-1]["step"] == load(out)["step"] == 2
+    run(probe, out, "--data", folder, "--epochs", "1", "--batch", "16")
 
 
+@pytest.mark.slow
 def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path, capsys):
     """Their statistics come in a file of their own and are what normalises, in sampling and on a cache."""
     mean, std = torch.linspace(-1, 1, 4).view(1, 4, 1, 1), torch.full((1, 4, 1, 1), 3.0)
@@ -560,23 +487,21 @@ def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path, capsys):
     others += torch.tensor(args.latents["mean"]).view(4, 1, 1)
     assert (latents * 3 + mean - others).abs().max() < 0.01
     model.args.cache_latents = str(cached[1])  # normalised by its own statistics
-    with refused(capsys, "latents of another mean"):
-        D.load_data(model.args, "train")
+    assert "latents of another mean" in refused(capsys, D.load_data, model.args, "train")
 
 
 # ---- tools
+@pytest.mark.slow
 def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
-    run = str(cached[0])
-    sample.main(sample.parse_args([run, "--n", "3", "--steps", "2", "--out", str(tmp_path / "s.npz")]))
+    run(sample, cached[0], "--n", "3", "--steps", "2", "--out", tmp_path / "s.npz")
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 32, 32, 3)
-    flags = [run, "--grid", "--t", "0.25", "--pixels", "--epochs", "2", "--batch", "16", "--cache"]
-    cells = probe.main(probe.parse_args([*flags, "--json", str(tmp_path / "p.json")]))[0]["cells"]
+    flags = "--grid --t 0.25 --pixels --epochs 2 --batch 16 --cache --json".split()
+    cells = run(probe, cached[0], *flags, tmp_path / "p.json")[0]["cells"]
     assert [c["layer"] for c in cells] == ["1", "2", "3", "4", "5", "6", "pixels"]
     torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
     for wrong, says in ((tmp_path / "none.pt", "No such file"), (cached[0] / "last.pt", "is not the file"),
                         (tmp_path / "other.pt", "is not the file")):  # fmt: skip
-        with refused(capsys, says):
-            sample.run_tool(sample.main, sample.parse_args([run, "--n", "1", "--steps", "1", "--vae", str(wrong)]))
+        assert says in refused(capsys, run, sample, cached[0], "--n", "1", "--steps", "1", "--vae", wrong)
 
 
 def test_sample_grids_of_latents_are_decoded_where_there_is_a_vae(pictures, cached, tmp_path):
@@ -592,22 +517,18 @@ def test_sample_grids_of_latents_are_decoded_where_there_is_a_vae(pictures, cach
 
 
 def test_guidance_flags_reach_the_sampler_and_nothing_else_takes_them(tmp_path, capsys):
-    train(tmp_path / "cond", "--cond", "--max-steps", "1")
-    model = sample.load_checkpoint(tmp_path / "cond")
+    make_checkpoint(tmp_path / "cond.pt", D, *TINY, "--cond")
+    make_checkpoint(tmp_path / "plain.pt", D, *TINY)
+    make_checkpoint(tmp_path / "unet.pt", T, "--dataset", "shapes", "--backbone", "tiny")
+    model = sample.load_checkpoint(tmp_path / "cond.pt")
     options, rows = {"steps": 10, "cfg_interval": (0, 0.5), "shift": 1.0}, []
     model.net.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     for cfg, want in ((1, [2] * 10), (2, [2] * 5 + [4] * 5)):
         next(sample.generate(model, 2, cfg=cfg, **options))
         assert rows == want
         rows.clear()
-    args = T.parse_args(["--dataset", "shapes", "--backbone", "tiny"])
-    state = {"script": "train_unet", "args": vars(args), "ema": T.build(args)[0].state_dict(), "epoch": 0, "step": 0}
-    torch.save(state, tmp_path / "unet.pt")
-    train(tmp_path / "plain", "--max-steps", "1")
     for path, flags, says in (
-        ("unet.pt", ["--cfg", "2"], "--cfg: DDPM"), ("plain", ["--cfg", "2"], "is unconditional"),
-        ("cond", ["--cfg", "-1"], "--cfg"), ("cond", ["--cfg-interval", "0.9", "0.1"], "--cfg-interval"),
-        ("cond", ["--steps", "0"], "--steps"),
+        ("unet", "--cfg 2", "--cfg: DDPM"), ("plain", "--cfg 2", "is unconditional"), ("cond", "--cfg -1", "--cfg"),
+        ("cond", "--cfg-interval 0.9 0.1", "--cfg-interval"), ("cond", "--steps 0", "--steps"),
     ):  # fmt: skip
-        with refused(capsys, says):
-            sample.run_tool(sample.main, sample.parse_args([str(tmp_path / path), "--n", "1", "--steps", "1", *flags]))
+        assert says in refused(capsys, run, sample, tmp_path / f"{path}.pt", "--n", "1", "--steps", "1", *flags.split())

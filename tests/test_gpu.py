@@ -17,7 +17,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Golden, check_equal_steps, draw, metrics, shrink
+from conftest import ROOT, Golden, check_equal_steps, draw, load, metrics, shrink
 from torch._dynamo.utils import counters
 
 import fid
@@ -77,11 +77,6 @@ def train(script, out, flags, device=DEVICE):
     flags = [*flags.split(), "--batch", "8", "--epochs", "4", "--out", str(out), "--device", device.type]
     script.main(script.parse_args(flags))
     return metrics(out)
-
-
-def read(run):
-    """The last checkpoint of a run, on the CPU."""
-    return torch.load(run / "last.pt", map_location="cpu", weights_only=True)
 
 
 def relative(value, want, least=0.0):
@@ -263,14 +258,12 @@ def test_resume_goes_on_as_if_never_stopped(name, tmp_path, few):
     whole, again = (train(script, tmp_path / out, f"{flags} --max-steps 12") for out in ("a", "again"))
     train(script, tmp_path / "b", f"{flags} --max-steps 5")
     train(script, tmp_path / "b", f"{flags} --max-steps 12 --resume")
-    a, again, b = (read(tmp_path / out) for out in ("a", "again", "b"))
+    a, again, b = (load(tmp_path / out) for out in ("a", "again", "b"))
     args = argparse.Namespace(**a["args"])
     torch.manual_seed(args.seed)
     start = script.build(args)[0].state_dict()
-    for part in ("objective", "average"):
-        weights = [{name.removeprefix("net."): p for name, p in state[part].items()} for state in (a, again, b)]
-        one, *others = ({name: p for name, p in state.items() if name in start} for state in weights)
-        noise, off = (apart(one, other, start) for other in others)
+    for part in ("model", "ema"):
+        noise, off = (apart(a[part], other[part], start) for other in (again, b))
         assert max(noise, off) < 0.3, (part, noise, off)
     assert b["step"] == 12 and [line["step"] for line in metrics(tmp_path / "b")] == [line["step"] for line in whole]
 
@@ -283,7 +276,7 @@ def test_fp16_skips_what_overflows(tmp_path, few, monkeypatch):
     norms, clip = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norms.append(clip(*given)) or norms[-1])
     lines = train(script, tmp_path / "fp16", f"{flags} --max-steps 24 --amp fp16 --no-compile")
-    state = read(tmp_path / "fp16")
+    state = load(tmp_path / "fp16")
     assert lines[0]["loss"] == pytest.approx(first["loss"], rel=1e-2)
     taken = [norm.item() for norm in norms if norm.isfinite()]
     assert max(taken) < 10 * first["grad_norm"]  # of unscaled gradients

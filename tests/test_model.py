@@ -1,4 +1,4 @@
-"""Properties of the networks, formulations and the contrastive head that the paper or a closed form fixes."""
+"""Networks, formulations and the contrastive head: what the paper or a closed form fixes and no fixture shows."""
 
 import math
 
@@ -6,74 +6,182 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train_dit as D
 import train_unet as T
+import train_uvit as V
 
 
-def tiny(self_cond=None, layer="out_3", aug_dim=0, seed=0):
-    torch.manual_seed(seed)
-    return T.UNet(16, **T.BACKBONES["tiny"], layer=layer, self_cond=self_cond, aug_dim=aug_dim)
+def unet(**kw):
+    return T.UNet(16, **T.BACKBONES["tiny"], **kw)
 
 
-def batch(n=4, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 16, 16, generator=g), torch.rand(n, generator=g)
+def uvit(**kw):
+    return V.UViT(8, 2, 32, 5, 2, **kw)
 
 
-def shake(net, seed=0):
-    """Move every weight off its initial value, zeros included."""
-    g = torch.Generator().manual_seed(seed)
+NETWORKS = {  # a network, and how many of its blocks the teacher runs, of how many
+    "unet": (lambda: unet(aug_dim=9, layer="out_3", self_cond="adaptive"), 12, 16),
+    "uvit": (lambda: uvit(aug_dim=9, layer="out_1"), 4, 5),
+    "uvit-cls": (lambda: uvit(aug_dim=9, layer="out_1", cls_token=True, feat_pool="cls"), 4, 5),
+    "dit": (lambda: D.DiT(3, 8, 2, 32, 4, 2, classes=4, layer="3", self_cond="add"), 3, 4),
+}
+all_networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+def shaken(net):
+    """The network with every weight moved off its initial value, zeros included."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=g))
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
     return net
+
+
+def case(name):
+    """The network, its input (x, t), what else it is told, and its blocks in their order."""
+    torch.manual_seed(0)
+    net = shaken(NETWORKS[name][0]())
+    told = {"y": torch.tensor([0, 2, 3])} if name == "dit" else {"aug": torch.randn(3, 9)}
+    given = torch.randn(3, *net.shape), torch.rand(3)
+    if name == "unet":
+        return net, given, told, [*net.down, *net.middle.values(), *net.up]
+    return net, given, told, net.blocks if name == "dit" else [*net.in_blocks, net.mid_block, *net.out_blocks]
+
+
+# ---- all networks
+@all_networks
+def test_one_pass_and_the_teacher_stops_at_the_layer(name):
+    """Self-conditioning and the feature cost no second pass: every block runs once, for the teacher some not at all."""
+    net, given, told, blocks = case(name)
+    _, some, every = NETWORKS[name]
+    calls = []
+    for block in blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    out, feat, e_t = net(*given, **told, with_feat=True)
+    assert len(calls) == every
+    assert feat.shape == (3, net.feat_dim) and e_t.shape == (3, net.emb_dim) and feat.dtype == torch.float32
+    calls.clear()
+    only_feat, only_e_t = net.encode(*given, **told)
+    assert len(calls) == some and only_feat.equal(feat) and only_e_t.equal(e_t)
+    assert net(*given, **told).equal(out)
+
+
+@all_networks
+def test_tools_see_the_feature_that_is_trained(name):
+    net, given, _, _ = case(name)
+    pool = "cls" if name == "uvit-cls" else "gap"
+    feat, _ = net.encode(*given)
+    assert torch.allclose(net.features(*given, pool=pool)[net.layer], feat, atol=2e-5)
+
+
+@all_networks
+def test_every_parameter_takes_part_in_a_pass(name):
+    """DDP asks for that."""
+    net, given, told, _ = case(name)
+    net(*given, **told).square().mean().backward()
+    assert [k for k, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["unet", "uvit", "uvit-cls"])
+def test_augmentation_label(name):
+    """Zeros equal none. It does not touch e_t, by which the feature is weighed: that is time alone."""
+    net, given, _, _ = case(name)
+    zeros, ones = torch.zeros(3, 9), torch.ones(3, 9)
+    assert torch.allclose(net(*given), net(*given, aug=zeros), atol=2e-5)
+    assert not torch.allclose(net(*given), net(*given, aug=ones), atol=1e-3)
+    assert net.encode(*given)[1].equal(net.encode(*given, aug=ones)[1])
+
+
+@all_networks
+def test_autocast_on_a_cpu(name, monkeypatch):
+    """Blocks run in bf16, but attention does not, which there takes up to five times as long, nor feature nor e_t."""
+    net, given, told, _ = case(name)
+    want, exact, _ = net(*given, **told, with_feat=True)
+    kernel, found = F.scaled_dot_product_attention, []
+
+    def spy(*qkv):
+        out = kernel(*qkv)
+        found.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, feat, e_t = net(*given, **told, with_feat=True)
+    assert set(found) == {torch.float32} and out.dtype == torch.bfloat16
+    assert feat.dtype == e_t.dtype == torch.float32
+    assert F.cosine_similarity(feat, exact).min() > 0.999
+    assert (out.float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+T1, AUG, Y = torch.zeros(1), torch.zeros(1, 9), torch.zeros(1, dtype=torch.long)
+X16, X8 = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: unet()(X8, T1), "x must be"),
+    (lambda: unet()(X16, T1, Y), "no classes for y"),
+    (lambda: unet()(X16, T1, aug=AUG), "no aug_dim for aug"),
+    (lambda: unet(layer="out_99"), "out_1, out_2"),
+    (lambda: T.UNet(16, **T.BACKBONES["tiny"] | {"width": 20}), "divisible"),  # group norm
+    (lambda: unet().features(X16, T1, pool="cls"), "no tokens: use --pool gap, not cls"),
+    (lambda: unet().features(X16, T1, pool="token"), "no tokens: use --pool gap, not token"),
+    (lambda: uvit()(X16, T1), "x must be"),
+    (lambda: uvit()(X8, T1, Y), "no classes for y"),
+    (lambda: uvit()(X8, T1, aug=AUG), "no aug_dim for aug"),
+    (lambda: uvit().features(X8, T1, pool="cls"), "with --cls-token"),
+    (lambda: uvit(cls_token=True).features(X8, T1, pool="mean"), "there are gap, token"),
+    (lambda: uvit(layer="out_9"), "in_1, in_2, mid"),
+    (lambda: uvit(feat_pool="cls"), "needs --cls-token"),
+    (lambda: V.UViT(16, 3, 32, 5, 2), "do not divide"),
+    (lambda: V.UViT(16, 2, 32, depth=4, heads=2), "depth 4 must be odd"),
+    (lambda: V.UViT(16, 2, 36, depth=5, heads=8), "width 36 a multiple of 2 x 8 heads"),
+])  # fmt: skip
+def test_networks_refuse_what_they_cannot_take(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
 
 
 # ---- self-conditioning
 @pytest.mark.parametrize("kind", ["adaptive", "add"])
 def test_self_conditioning_starts_as_the_baseline(kind):
     """[P] Sec. 4: the zero-initialised MLP leaves the network's function, and its gradient there, unchanged."""
-    base, plus = shake(tiny()), tiny(kind)
+    base, plus = shaken(unet(layer="out_3")), unet(layer="out_3", self_cond=kind)
     plus.load_state_dict(base.state_dict(), strict=False)
-    x, t = batch()
+    x, t = torch.randn(4, 3, 16, 16), torch.rand(4)
     assert base(x, t).equal(plus(x, t))
-    base(x, t).square().mean().backward()
-    plus(x, t).square().mean().backward()
+    for net in (base, plus):
+        net(x, t).square().mean().backward()
+    largest = max(p.grad.abs().max().item() for p in base.parameters())
     for name, p in base.named_parameters():
-        assert torch.allclose(p.grad, dict(plus.named_parameters())[name].grad, atol=1e-7), name
+        assert torch.allclose(p.grad, plus.get_parameter(name).grad, rtol=0, atol=2e-5 * largest), name
 
 
-def test_add_and_adaptive_differ_only_in_the_scale():
-    """adaptive with s = 1 is add; otherwise e' - e is multiplied by s(SiLU(e_t))."""
-    adaptive, add = shake(tiny("adaptive")), tiny("add")
-    assert set(adaptive.state_dict()) - set(add.state_dict()) == {"self_cond.scale.weight", "self_cond.scale.bias"}
-    add.load_state_dict({k: v for k, v in adaptive.state_dict().items() if "scale" not in k})
-    e, e_t, feat = torch.randn(4, 128), torch.randn(4, 128), torch.randn(4, adaptive.feat_dim)
-    gain = adaptive.self_cond.scale(F.silu(e_t))
-    got = adaptive.self_cond(e, e_t, feat) - e
-    assert torch.allclose(got, gain * (add.self_cond(e, e_t, feat) - e), atol=1e-5)
-    with torch.no_grad():
-        adaptive.self_cond.scale.weight.zero_()
-        adaptive.self_cond.scale.bias.fill_(1)
-    x, t = batch()
-    assert torch.allclose(adaptive(x, t), add(x, t), atol=1e-5)
+@pytest.mark.parametrize("kind", ["adaptive", "add"])
+def test_what_self_conditioning_adds(kind):
+    """add: MLP(feat); adaptive: that, scaled by s(SiLU(e_t)), where s starts around 1."""
+    module = T.SelfConditioning(6, 5, 8, kind)
+    assert kind == "add" or module.scale.bias.equal(torch.ones(8))
+    shaken(module)
+    e, e_t, feat = torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 6)
+    want = module.mlp(feat)
+    if kind == "adaptive":
+        want = want * (e_t * torch.sigmoid(e_t) @ module.scale.weight.T + module.scale.bias)
+    assert torch.allclose(module(e, e_t, feat) - e, want, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "add"])
 def test_gradients_reach_the_encoder_through_the_condition(kind):
-    """With h detached from the decoder's direct path, the encoder still learns by way of the pooled feature."""
-    net = shake(tiny(kind, layer="out_2"))
-    x, t = batch()
-    out, feat, _ = net(x, t, with_feat=True)
+    """The output depends on the pooled feature itself, and that on the encoder: nothing is detached."""
+    net = shaken(unet(layer="out_2", self_cond=kind))
+    out, feat, _ = net(torch.randn(4, 3, 16, 16), torch.rand(4), with_feat=True)
     (through,) = torch.autograd.grad(out.square().mean(), feat, retain_graph=True)
-    assert through.abs().max() > 0  # the output depends on the pooled feature itself
     (first,) = torch.autograd.grad(feat, net.image_proj.weight, through)
-    assert first.abs().max() > 0
+    assert through.abs().max() > 0 and first.abs().max() > 0
 
 
 def test_only_the_decoder_sees_the_condition():
     """Changing the condition leaves every layer up to --layer alone and changes every later one."""
-    net = shake(tiny("add", layer="out_2"))
-    x, t = batch()
+    net, x, t = shaken(unet(layer="out_2", self_cond="add")), torch.randn(4, 3, 16, 16), torch.rand(4)
     before = net.features(x, t)
     with torch.no_grad():
         net.self_cond.mlp[2].bias.add_(1)
@@ -81,164 +189,86 @@ def test_only_the_decoder_sees_the_condition():
     assert [k for k in before if not before[k].equal(after[k])] == ["out_3", "out_4", "out_5", "out_6"]
 
 
-def test_one_forward_pass():
-    """Self-conditioning and the feature cost no second evaluation: every block runs once."""
-    net, calls = tiny("adaptive"), []
-    for block in [*net.down, *net.middle.values(), *net.up]:
-        block.register_forward_hook(lambda *_: calls.append(1))
-    net(*batch(), with_feat=True)
-    assert len(calls) == len(net.down) + 3 + len(net.up)
-    calls.clear()
-    net.encode(*batch())  # the teacher stops at out_3: two blocks, an upsampling, one block
-    assert len(calls) == len(net.down) + 3 + 4
+# ---- sizes
+@pytest.mark.parametrize(("script", "flags", "count"), [
+    (T, "--backbone ddpm", 35_746_307),
+    (T, "--backbone ddpm --self-cond", 35_746_307 + 460_032),  # [P] Sec. 4: 0.460 M
+    (T, "--backbone ddpmpp", 56_524_291),
+    (T, "--backbone ddpmpp --aug 0.1", 56_525_443),
+    (T, "--backbone ddpmpp --aug 0.1 --self-cond", 56_525_443 + 460_032),
+    (V, "", 44_255_328),
+    (V, "--cls-token", 44_255_328 + 2 * 512),  # the token and its position
+    (V, "--cls-token --aug 0.12", 44_255_328 + 2 * 512 + 10 * 512),  # a linear map of the 9-vector
+    (V, "--cond", 44_255_328 + 102 * 512),  # 100 classes, the null class, one more position
+])  # fmt: skip
+def test_full_size_parameter_counts(script, flags, count):
+    args = script.parse_args(["--dataset", "cifar100", *flags.split()])
+    args.classes = [str(i) for i in range(100)]
+    with torch.device("meta"):
+        net, _ = script.build(args)
+    assert sum(p.numel() for p in net.parameters()) == count
 
 
-def test_feature_is_the_pooled_layer_and_tools_see_the_same():
-    net = shake(tiny("adaptive"))
-    x, t = batch()
-    out, feat, e_t = net(x, t, with_feat=True)
-    assert out.equal(net(x, t)) and torch.allclose(feat, net.features(x, t)["out_3"], atol=1e-6)
-    assert all(a.equal(b) for a, b in zip(net.encode(x, t), (feat, e_t), strict=True))
-
-
-def test_zero_label_equals_no_label():
-    """Nor does the label touch e_t, by which the feature is weighed: that is time alone."""
-    net = shake(tiny("adaptive", aug_dim=9))
-    x, t = batch()
-    assert net.encode(x, t)[1].equal(net.encode(x, t, aug=torch.ones(4, 9))[1])
-    assert torch.allclose(net(x, t), net(x, t, aug=torch.zeros(4, 9)), atol=1e-6)
-    assert not torch.allclose(net(x, t), net(x, t, aug=torch.ones(4, 9)), atol=1e-3)
-
-
-def test_network_refuses_what_it_cannot_take():
-    net = tiny()
-    with pytest.raises(ValueError, match=r"x must be"):
-        net(torch.zeros(1, 3, 32, 32), torch.zeros(1))
-    with pytest.raises(ValueError, match="no classes for y"):
-        net(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match="no aug_dim for aug"):
-        net(torch.zeros(1, 3, 16, 16), torch.zeros(1), aug=torch.zeros(1, 9))
-    with pytest.raises(ValueError, match="out_1, out_2"):
-        tiny(layer="out_99")
-    with pytest.raises(ValueError, match="divisible"):  # group norm
-        T.UNet(16, **T.BACKBONES["tiny"] | {"width": 20})
-    for pool in ("cls", "token"):
-        with pytest.raises(ValueError, match=f"no tokens: use --pool gap, not {pool}"):
-            net.features(torch.zeros(1, 3, 16, 16), torch.zeros(1), pool=pool)
+@pytest.mark.parametrize("resolution", [16, 32, 64])
+@pytest.mark.parametrize("backbone", T.BACKBONES)
+def test_unets_attend_at_16_pixels_and_in_the_middle(backbone, resolution):
+    found, net = [], T.UNet(resolution, **T.BACKBONES[backbone] | {"width": 32})
+    for block in [*net.down, *net.up]:
+        if isinstance(block, T.UNetBlock):
+            block.register_forward_hook(lambda block, _, out: found.append((out.shape[-1], type(block.attn))))
+    net(torch.zeros(1, 3, resolution, resolution), torch.zeros(1))
+    levels, blocks = len(T.BACKBONES[backbone]["mult"]), T.BACKBONES[backbone]["blocks"]
+    assert len(found) == levels * (2 * blocks + 1)
+    assert all((kind is T.Attention) == (side == 16) for side, kind in found)
+    assert 16 in {side for side, _ in found} and type(net.middle["attn"]) is T.Attention
 
 
 # ---- formulations
-def gaussian(s):
-    """Exact predictors for data ~ N(0, s^2): what a perfect network would say, per formulation."""
-
-    def eps(x, t, y=None):
-        a = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 1001)).log().cumsum(0).exp()])[1:]
-        a = a[(t[0] * 1000).round().long()]
-        return x * (1 - a).sqrt() / (a * s**2 + 1 - a)
-
-    def edm(c_x, c_noise, y=None):
-        sigma = (4 * c_noise).exp().view(-1, 1, 1, 1)
-        sd, total = 0.5, (sigma**2 + 0.25).sqrt()
-        x = c_x * total
-        return (x * s**2 / (s**2 + sigma**2) - (sd / total) ** 2 * x) / (sigma * sd / total)
+def test_rk45_follows_the_exact_flow():
+    """Of data ~ N(0, s^2): it is linear, x0 = s noise."""
+    s, calls = 0.2, []
+    noise = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
 
     def velocity(x, t, y=None):
+        calls.append(1)
         t = t.view(-1, 1, 1, 1)
         return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
 
-    return {"ddpm": eps, "edm": edm, "rf": velocity}
+    assert (T.RF().sample(velocity, noise) - s * noise).abs().max() < 1e-4
+    assert 20 < len(calls) < 400
 
 
-@pytest.mark.parametrize("model", ["ddpm", "edm", "rf"])
-def test_samplers_map_noise_to_gaussian_data(model):
-    """The exact flow of Gaussian data is linear, x0 = s noise; samplers must follow it to their order."""
-    s, noise = 0.2, torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
-    calls = []
-    predictor = gaussian(s)[model]
-
-    def net(*args, **kwargs):
-        calls.append(1)
-        return predictor(*args, **kwargs)
-
-    diffusion = {"ddpm": T.DDPM(1e-3), "edm": T.EDM(), "rf": T.RF()}[model]
-    x0 = diffusion.sample(net, noise)
-    error = (x0 - s * noise).abs().max().item()
-    assert error < {"ddpm": 0.06, "edm": 0.06, "rf": 1e-4}[model], error
-    assert {"ddpm": len(calls) == 100, "edm": len(calls) == 35, "rf": 20 < len(calls) < 400}[model], len(calls)
-    if model == "edm":  # second order: a quarter of the step leaves at most a tenth of the error
-        assert (diffusion.sample(net, noise, steps=72) - s * noise).abs().max().item() < error / 10
-
-
-@pytest.mark.parametrize("bad", [0, 5])
-def test_rk45_ends_where_the_network_returns_nan(bad):
+@pytest.mark.parametrize("good", [0, 5])
+def test_rk45_ends_where_the_network_returns_nan(good):
     """From the first evaluation on, or midway: it says so, and does not search for a step size for ever."""
     calls = []
 
     def net(x, t, y=None):
         calls.append(1)
-        return x if len(calls) <= bad else x * math.nan
+        return x if len(calls) <= good else x * math.nan
 
     with pytest.raises(FloatingPointError, match="the network gave NaN"):
         T.RF().sample(net, torch.ones(1, 3, 2, 2))
     assert len(calls) < 100
 
 
-LEVELS = {  # lowest and highest level, and how an error names them
-    T.DDPM(1e-3): (0, 1000, "whole steps from 0 to 1000"),
-    T.EDM(): (0.002, 80.0, "sigma from 0.002 to 80.0"),
-    T.RF(): (0, 1, "times from 0 to 1"),
-}
-
-
-@pytest.mark.parametrize("diffusion", LEVELS, ids=lambda d: type(d).__name__)
-def test_noise_levels(diffusion):
+@pytest.mark.parametrize(("diffusion", "good", "bad", "says"), [
+    (T.DDPM(1e-3), (0, 66, 1000), (-1, 1001, math.nan, 0.06), "whole steps from 0 to 1000"),
+    (T.EDM(), (0.002, 0.06, 80.0), (0.001, 81.0, math.nan), "sigma from 0.002 to 80.0"),
+    (T.RF(), (0, 0.06, 1), (-0.1, 1.1, math.nan), "times from 0 to 1"),
+], ids=["ddpm", "edm", "rf"])  # fmt: skip
+def test_noise_levels(diffusion, good, bad, says):
+    """A level is a number or one of each image; the lowest leaves the image nearly as it is."""
     x0, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    low, high, says = LEVELS[diffusion]
-    clean = diffusion.add_noise(x0, low, noise)
-    assert torch.allclose(clean, x0, atol=0.02)
-    levels = diffusion.draw_level(10_000, torch.Generator().manual_seed(0))
-    assert levels.shape == (10_000,)
-    assert (levels >= (1 if isinstance(diffusion, T.DDPM) else 0)).all()
-    assert isinstance(diffusion, T.EDM) or (levels <= high).all()
-    middle = 66 if isinstance(diffusion, T.DDPM) else 0.06
-    one = diffusion.add_noise(x0, middle, noise)
-    many = diffusion.add_noise(x0, torch.full((4,), middle), noise)
-    assert one.equal(many)
-    for level in (low, middle, high):
+    assert torch.allclose(diffusion.add_noise(x0, good[0], noise), x0, atol=0.02)
+    assert diffusion.add_noise(x0, good[1], noise).equal(diffusion.add_noise(x0, torch.full((4,), good[1]), noise))
+    for level in good:
         diffusion.check_level(level)
-    for level in (low - 1, high + 1, math.nan):
+    for level in bad:
         with pytest.raises(ValueError, match=says):
             diffusion.check_level(level)
-    if isinstance(diffusion, T.DDPM):
-        with pytest.raises(ValueError, match="whole steps"):
-            diffusion.check_level(0.06)
     with pytest.raises(ValueError, match="shape"):
-        diffusion.add_noise(x0, torch.full((3,), low), noise)
-
-
-def test_ddpm_draws_every_step():
-    levels = T.DDPM(1e-3).draw_level(100_000, torch.Generator().manual_seed(0))
-    assert levels.min() == 1 and levels.max() == 1000 and len(levels.unique()) == 1000
-
-
-def test_edm_loss_of_a_silent_network():
-    """With F = 0 and data of std sigma_data the weighted loss is 1 at every level ([EDM] Tab. 1 is built for that)."""
-    x0 = 0.5 * torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-
-    def silent(x, t, y, aug, with_feat):
-        return torch.zeros_like(x), None, None
-
-    for sigma in (0.01, 0.5, 5.0):
-        assert T.EDM().loss(silent, x0, sigma, noise)[0] == pytest.approx(1, abs=0.03)
-    plain, weighted = T.EDM(), T.EDM(uncertainty=True)
-    want = plain.loss(silent, x0, 0.5, noise)[0].item()
-    assert weighted.loss(silent, x0, 0.5, noise)[0].item() == pytest.approx(want)  # u starts at 0
-    with torch.no_grad():
-        weighted.uncertainty.freqs.zero_()
-        weighted.uncertainty.phases.zero_()
-        weighted.uncertainty.linear.weight.fill_(0.7 / (128 * 2**0.5))  # u = 0.7: L / exp(u) + u
-    assert weighted.loss(silent, x0, 0.5, noise)[0].item() == pytest.approx(want / math.exp(0.7) + 0.7)
+        diffusion.add_noise(x0, torch.full((3,), good[0]), noise)
 
 
 def test_rf_target_is_the_velocity():
@@ -247,94 +277,22 @@ def test_rf_target_is_the_velocity():
     def truth(x, t, y, aug, with_feat):
         return noise - x0, "feat", "e_t"
 
-    loss, _, (feat, e_t) = T.RF().loss(truth, x0, torch.rand(4), noise)
-    assert loss == 0 and (feat, e_t) == ("feat", "e_t")
-    h = 1e-3  # v = dx_t / dt
-    step = (T.RF().add_noise(x0, 0.5 + h, noise) - T.RF().add_noise(x0, 0.5 - h, noise)) / (2 * h)
-    assert torch.allclose(step, noise - x0, atol=1e-3)
-
-
-# ---- augmentation
-def gated(n, p, seed=0):
-    """Parameters and label of n random augmentations."""
-    g = torch.Generator().manual_seed(seed)
-    return T.gate_augment(torch.rand(n, 10, generator=g), torch.randn(n, 4, generator=g), p)
-
-
-def test_augmentation_identity_independence_and_label():
-    x0 = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    zero = torch.zeros(5, 8)
-    assert torch.allclose(T.augment(x0, zero), x0, atol=1e-5)
-    closed = T.gate_augment(torch.full((5, 10), 0.9), torch.ones(5, 4), 0.9)  # no gate opens: all zeros, label too
-    assert closed[0].equal(zero) and closed[1].equal(torch.zeros(5, 9))
-    params, _ = gated(5, 1.0, seed=1)
-    both = T.augment(x0, params)
-    for i in range(5):
-        assert torch.allclose(T.augment(x0[i : i + 1], params[i : i + 1])[0], both[i], atol=1e-6)
-    shift = torch.zeros(1, 8)
-    shift[0, 6] = 2 / (0.125 * 16)  # two pixels to the right
-    assert torch.allclose(T.augment(x0[:1], shift)[..., 4:14], x0[:1, :, :, 2:12], atol=1e-4)
-
-
-def test_augmentation_rate():
-    """Each transform acts with probability p; the flip always is a fair coin."""
-    params, _ = gated(20_000, 0.12)
-    rate = (params != 0).float().mean(0)
-    want = torch.tensor([0.5, 0.06, 0.12, 0.12, 0.12, 0.5, 0.12, 0.12])
-    assert torch.allclose(rate, want, atol=0.015), rate
-    assert (gated(8, 0.0)[1][:, 1:] == 0).all()
+    loss, unweighted, pair = T.RF().loss(truth, x0, torch.rand(4), noise)
+    assert loss == unweighted == 0 and pair == ("feat", "e_t")
 
 
 # ---- contrastive head
-def test_moco_loss_by_hand():
-    """Against a double loop over queries and keys."""
-    q, k = torch.randn(6, 8), torch.randn(6, 8)
-    total = 0.0
-    for i in range(6):
-        scores = [F.cosine_similarity(q[i], k[j], dim=0) / 0.2 for j in range(6)]
-        total += torch.logsumexp(torch.stack(scores), 0) - scores[i]
-    loss = T.moco_loss(q, k)
-    assert loss.item() == pytest.approx(0.4 * total.item() / 6, rel=1e-5)
-
-
 def test_time_dependent_head_starts_as_mocos():
-    torch.manual_seed(0)
     timed = T.MoCoHead(16, 8, time_dependent=True, hidden=32)
     plain = T.MoCoHead(16, 8, time_dependent=False, hidden=32)
     plain.load_state_dict({k: v for k, v in timed.state_dict().items() if ".time." not in k})
     feat, e_t = torch.randn(5, 16), torch.randn(5, 8)
-    assert torch.allclose(timed(feat, e_t), plain(feat, e_t), atol=1e-6)
-    shake(timed)
+    assert torch.allclose(timed(feat, e_t), plain(feat, e_t), atol=2e-5)
+    shaken(timed)
     assert not torch.allclose(timed.projector(feat, e_t), timed.projector(feat, -e_t), atol=1e-2)
-    spread = timed.projector(feat, e_t).std(0, unbiased=False)
-    assert torch.allclose(spread, torch.ones(256), atol=1e-2)  # the last norm has no affine part
 
 
-def batch_norm_rank(rank, file):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.save(batch_norm_case(rank), f"{file}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def batch_norm_case(rank=None):
-    """Output and gradients of the head on all rows, or on one rank's half; the loss sums over all rows."""
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) + 3
-    mine = x if rank is None else x[4 * rank : 4 * rank + 4]
-    mine = mine.clone().requires_grad_()
-    torch.manual_seed(1)
-    norm = shake(T.BatchNorm(16))
-    out = norm(mine)
-    out.pow(3).sum().backward()
-    return {"out": out.detach(), "grad": mine.grad}
-
-
-def test_batch_norm_over_ranks(tmp_path):
-    """Two gloo ranks equal one process and torch's BatchNorm1d, backward included."""
-    whole = batch_norm_case()
-    torch.multiprocessing.spawn(batch_norm_rank, (tmp_path / "join",), nprocs=2)
-    parts = [torch.load(f"{tmp_path}/join.{r}", weights_only=True) for r in range(2)]
-    for key, value in whole.items():
-        assert torch.allclose(torch.cat([p[key] for p in parts]), value, atol=1e-4), key
-    reference = torch.nn.BatchNorm1d(16)
+def test_batch_norm_is_torchs():
     x = torch.randn(8, 16) + 3
-    assert torch.allclose(T.BatchNorm(16)(x), reference(x), atol=1e-5)
+    assert torch.allclose(T.BatchNorm(16)(x), torch.nn.BatchNorm1d(16)(x), atol=2e-5)
+    assert list(T.BatchNorm(16, affine=False).parameters()) == []

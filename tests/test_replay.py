@@ -22,6 +22,8 @@ import train_unet
 import train_uvit
 
 BATCH, CLASSES, EMA = 8, 3, 0.6
+EXACT = 2e-6  # of what is computed element by element from recorded tensors: no sum, so the same on every processor
+PREFIX = {"model": "net", "diffusion": "diffusion", "head": "head"}  # of names in last.pt
 NETWORKS = {train_unet: train_unet.UNet, train_uvit: train_uvit.UViT, train_dit: train_dit.DiT}
 UNET = ["--backbone", "tiny", "--self-cond", "--aug", "0.5", "--model"]
 CASES = {  # script, flags; the teacher's level, never the default; gamma, in one case so small that nothing is clipped
@@ -36,23 +38,15 @@ CASES = {  # script, flags; the teacher's level, never the default; gamma, in on
 
 
 # ---- The adapter: all that knows the scripts from inside
-def settle(args, script, patch):
-    """What has no flag: every step is logged, lr warms up in 3 steps, dropout acts."""
+def run(script, patch, *flags):
+    """A run with what has no flag: every step is logged, lr warms up in 3 steps, dropout acts."""
     patch.setattr(script, "LOG_EVERY", 1)
+    args = script.parse_args([*map(str, flags), "--device", "cpu"])
     args.warmup, args.cooldown, args.cl_hidden = 1.5, 0.0, 32
     if script is train_unet:
         args.dropout = 0.2
+    script.main(args)
     return args
-
-
-def write_latents(folder, latents, labels):
-    """A finished cache of train_dit.py: x0 as float16 (N, 2, C, h, w), each image and its mirror image."""
-    meta = {"dataset": "tones", "resolution": 64, "vae": "none", "mean": [0.0] * 4, "std": [1.0] * 4}
-    meta |= {"classes": [f"c{k}" for k in range(CLASSES)], "train": len(latents), "test": len(latents)}
-    torch.save(meta, folder / "meta.pt")
-    for split in ("train", "test"):
-        torch.save({"latents": latents.half(), "labels": labels}, folder / f"{split}_00000.pt")
-    return latents.half().float()
 
 
 class Watch:
@@ -63,8 +57,8 @@ class Watch:
 
     def __init__(self, script, patch, light=False):
         self.steps, self.grids, self.now, self.sampling = [], [], None, False
-        network, build, head = NETWORKS[script], script.build, script.MoCoHead
-        run, shape, randn = network.run, inspect.signature(network.run), torch.randn
+        network, build, head, randn = NETWORKS[script], script.build, script.MoCoHead, torch.randn
+        run, shape = network.run, inspect.signature(network.run)
         self.parts = {}
         self.reset()
 
@@ -143,18 +137,37 @@ def tensors(module):
 
 
 def write_data(root, n, latents=False):
-    """n images of noise in class folders, none like another or like its mirror image: views (n, 2, C, H, W), labels."""
+    """n images of noise in class folders, none like another or like its mirror image: views (n, 2, C, H, W), labels.
+
+    latents: a finished cache of train_dit.py instead, x0 as float16, each image and its mirror image.
+    """
     g = torch.Generator().manual_seed(n)
     labels = torch.arange(n) * CLASSES // n  # classes are read in order
     if latents:
         root.mkdir(parents=True)
-        return write_latents(root, torch.randn(n, 2, 4, 4, 4, generator=g), labels), labels
+        views = torch.randn(n, 2, 4, 4, 4, generator=g).half()
+        meta = {"dataset": "tones", "resolution": 64, "vae": "none", "mean": [0.0] * 4, "std": [1.0] * 4}
+        torch.save(meta | {"classes": [f"c{k}" for k in range(CLASSES)], "train": n, "test": n}, root / "meta.pt")
+        for split in ("train", "test"):
+            torch.save({"latents": views, "labels": labels}, root / f"{split}_00000.pt")
+        return views.float(), labels
     images = torch.randint(256, (n, 3, 16, 16), generator=g, dtype=torch.uint8)
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        (root / "tones" / "train" / f"c{label}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "tones" / "train" / f"c{label}" / f"{i:04d}.png")
+        file = root / "tones" / "train" / f"c{label}" / f"{i:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     x0 = images / 255 * 2 - 1
     return torch.stack([x0, x0.flip(3)], dim=1), labels
+
+
+def close(a, b, atol=2e-5, rtol=2e-5):
+    """Whether two tensors agree, compared in float64."""
+    return torch.allclose(a.detach().double(), b.detach().double(), atol=atol, rtol=rtol)
+
+
+def all_close(a, b):
+    """Whether two state dicts of weights agree, which were averaged element by element."""
+    return a.keys() == b.keys() and all(close(a[name], b[name], EXACT, 0) for name in a)
 
 
 def along(values, x):
@@ -243,7 +256,7 @@ def teacher_view(script, model, call, level, rows, drawn, views):
     level = torch.full((len(rows),), level)
     a, b = (along(part, call["x"]) for part in path(model, level))
     scale, time = network_input(script, model, level, torch.ones_like(call["x"], dtype=torch.float64))
-    assert torch.allclose(call["t"].double(), time, atol=1e-6), "the teacher's level is not t*"
+    assert close(call["t"], time), "the teacher's level is not t*"
     for noise in drawn:
         try:
             x0 = ((call["x"].double() / scale - b * noise) / a).float()
@@ -255,38 +268,29 @@ def teacher_view(script, model, call, level, rows, drawn, views):
     raise AssertionError("the teacher's view is no image of the data plus noise that was drawn")
 
 
-def run(script, flags, patch, *more):
-    args = script.parse_args([*flags, *more])
-    script.main(settle(args, script, patch))
-    return args
+def watched(case, n, batch, tmp_path, patch, *more, light=False):
+    """Two epochs on n images, from weights without zeros, EMA weights that are not the trained ones: what was seen.
 
-
-def watched(case, n, batch, tmp_path, patch, *more, light=False, flags=None):
-    """Two epochs on n images, from weights without zeros, EMA weights that are not the trained ones: what was seen."""
-    script, given, level, gamma = CASES[case]
-    latents, flags = case == "dit-latents", flags or given
+    Returns the flags, the Watch, the first checkpoint as conftest.load reads it, the views and the labels.
+    """
+    script, flags, level, gamma = CASES[case]
+    latents, out = case == "dit-latents", tmp_path / "run"
     views, labels = write_data(tmp_path / "data", n, latents)
-    flags = flags + [str(tmp_path / "data")] if latents else [*flags, "--data", str(tmp_path / "data")]
-    flags = [*flags, "--dataset", "tones", "--resolution", "64" if latents else "16", "--batch", str(batch), *more,
-             "--cl", str(gamma), "--cl-t", str(level), "--ema", str(EMA), "--save-every", "1", "--epochs", "2",
-             "--out", str(tmp_path / "run"), "--device", "cpu"]  # fmt: skip
+    flags = [*flags, *([] if latents else ["--data"]), tmp_path / "data", "--resolution", 64 if latents else 16, *more]
+    flags += ["--dataset", "tones", "--batch", batch, "--cl", gamma, "--cl-t", level, "--ema", EMA, "--epochs", 2]
     with patch.context() as inner:
-        watch, out = Watch(script, inner, light), tmp_path / "run"
+        watch = Watch(script, inner, light)
         try:
-            run(script, flags, inner, "--max-steps", "0")
-            start, trained = load(out), {key for key in watch.named()}
-            assert all(start["model"][k].equal(v) for k, v in start["ema"].items())
-            assert all(start["head"][f"projector.{k}"].equal(v) for k, v in start["ema_projector"].items())
+            run(script, inner, *flags, "--out", out, "--max-steps", 0)
+            start, trained = load(out), {f"{PREFIX[part]}.{name}" for part, name in watch.named()}
+            assert all(v.equal(start["objective"][name]) for name, v in start["average"].items())
             g = torch.Generator().manual_seed(1)
-            names = {"ema": "model", "ema_projector": "head"}
-            for part in ("model", "ema", "diffusion", "head", "ema_projector"):
-                prefix = "projector." if part == "ema_projector" else ""
-                for k, v in start[part].items():
-                    if (names.get(part, part), prefix + k) in trained:
-                        v += 0.03 * torch.empty_like(v).normal_(generator=g)
+            for name, v in [*start["objective"].items(), *start["average"].items()]:
+                if name in trained:
+                    v += 0.03 * torch.empty_like(v).normal_(generator=g)
             torch.save(start, out / "last.pt")
             watch.reset()
-            args = run(script, flags, inner, "--resume")
+            args = run(script, inner, *flags, "--out", out, "--resume")
         finally:
             for hook in watch.hooks:
                 hook.remove()
@@ -294,25 +298,25 @@ def watched(case, n, batch, tmp_path, patch, *more, light=False, flags=None):
 
 
 # ---- The tests
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_run_equals_its_replay(case, tmp_path, monkeypatch):
     """Four steps in two epochs of 17 images, each step of 2 x 4 images, with everything on."""
     script, _, level, gamma = CASES[case]
-    args, watch, start, views, labels = watched(case, 17, BATCH, tmp_path, monkeypatch, "--accum", "2")
+    more = "--accum", 2, "--save-every", 1
+    args, watch, start, views, labels = watched(case, 17, BATCH, tmp_path, monkeypatch, *more)
     out, model = tmp_path / "run", args.model
     net, head, diffusion = (deepcopy(watch.parts[part]) for part in ("model", "head", "diffusion"))
     ema, teacher_projector = deepcopy(net).eval(), deepcopy(head.projector)
-    for part, module in {"model": net, "ema": ema, "diffusion": diffusion, "head": head,
-                         "ema_projector": teacher_projector}.items():  # fmt: skip
+    modules = {"model": net, "ema": ema, "head": head, "ema_projector": teacher_projector, "diffusion": diffusion}
+    for part, module in modules.items():
         module.load_state_dict(start[part])
     net.train()
     assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == ({0.2} if script is train_unet else set())
-    own = {"model": net, "head": head, "diffusion": diffusion}
-    own = {(part, k): p for part in own for k, p in own[part].named_parameters() if p.requires_grad}
+    own = {(part, k): p for part in PREFIX for k, p in modules[part].named_parameters() if p.requires_grad}
     moments = {key: (torch.zeros(p.shape).double(), torch.zeros(p.shape).double()) for key, p in own.items()}
-    lines, order, averages, mirrored = metrics(out), [], [tensors(ema)], []
+    lines, order, averages, mirrored, clipped = metrics(out), [], [tensors(ema)], [], set()
     assert len(watch.steps) == len(lines) == 4 and [line["step"] for line in lines] == [1, 2, 3, 4]
-    clipped = set()
     for n, (step, line) in enumerate(zip(watch.steps, lines, strict=True), start=1):
         assert [len(step[kind]) for kind in ("student", "teacher", "loss")] == [2, 2, 2]
         drawn = stored_noise(step, (BATCH, *net.shape))
@@ -328,17 +332,15 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
             a, b = path(model, view["level"])
             x_t = along(a, x0) * x0 + along(b, x0) * noise
             want, time = network_input(script, model, view["level"], x_t)
-            assert torch.allclose(call["x"].double(), want, atol=1e-5)
-            assert torch.allclose(call["t"].double(), time, atol=1e-6, rtol=1e-6)
+            assert close(call["x"], want) and close(call["t"], time)
             assert (y is None) == (net.classes == 0) and (aug is None) == (script is train_dit)
-            if y is not None:
-                assert ((y == labels[rows]) | (y == -1)).all()
+            assert y is None or ((y == labels[rows]) | (y == -1)).all()
             # The teacher's: the same images, draws of its own, t*, no class, eval mode, EMA weights.
-            flips, other = teacher_view(script, model, seen, level, rows, drawn[:, mine], views)
+            _, other = teacher_view(script, model, seen, level, rows, drawn[:, mine], views)
             assert not other.equal(noise) and (seen.get("y") is None or (seen["y"] == -1).all())
             assert aug is None or (aug != seen["aug"]).any(1).all()
             assert call["training"] == {True} and seen["training"] == {False}
-            assert all(torch.allclose(seen["weights"][k], v, rtol=0, atol=1e-6) for k, v in ema.state_dict().items())
+            assert all_close(ema.state_dict(), seen["weights"])
             with torch.no_grad():
                 key = teacher_projector(*ema.encode(seen["x"], seen["t"], aug=seen.get("aug")))
             # Losses; dropout repeats what it drew.
@@ -350,24 +352,23 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
             ((loss + gamma * contrast) / 2).backward()
             sums += torch.stack([loss, contrast, loss + gamma * contrast]).detach() / 2
         for name, value in zip(("loss_diffusion", "loss_contrast", "loss"), sums.tolist(), strict=True):
-            exact = 2e-6 if name == "loss_diffusion" else 3e-5  # BatchNorm over 4 rows enlarges float32's rounding
-            assert line[name] == pytest.approx(value, rel=exact, abs=exact / 2), (n, name)
+            assert line[name] == pytest.approx(value, rel=1e-4), (n, name)  # BatchNorm over 4 rows enlarges rounding
         # Gradients, clipped at norm 1; warm-up of lr over 3 steps; the optimiser's update.
         norm = torch.stack([p.grad.norm() for p in own.values()]).norm()
         clipped.add(bool(norm > 1))
-        assert line["grad_norm"] == pytest.approx(norm.item(), rel=3e-5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
         lr = args.lr * min(1, n / 3)
         assert line["lr"] == pytest.approx(lr, rel=1e-6)
+        beta1, beta2 = {train_unet: (0.9, 0.999), train_uvit: (0.99, 0.999), train_dit: (0.9, 0.95)}[script]
         for key, p in own.items():
             grad, (m, v) = step["grad"][key].double(), moments[key]
-            assert torch.allclose(grad.float(), p.grad * min(1, 1 / norm), rtol=1e-4, atol=1e-5), (n, key)
-            beta1, beta2 = {train_unet: (0.9, 0.999), train_uvit: (0.99, 0.999), train_dit: (0.9, 0.95)}[script]
+            assert close(grad, p.grad * min(1, 1 / norm), 5e-5, 1e-4), (n, key)
             m.mul_(beta1).add_((1 - beta1) * grad)
             v.mul_(beta2).add_((1 - beta2) * grad**2)
             decays = script is train_uvit and not key[1].endswith(("bias", "pos_embed"))  # [CLS] does
             want = p.detach().double() * (1 - lr * 0.03 * decays)
             want -= lr * (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + 1e-8)
-            assert torch.allclose(step["params"][key].double(), want, rtol=0, atol=1e-6), (n, key)
+            assert close(step["params"][key], want, EXACT, 0), (n, key)
             p.detach().copy_(step["params"][key])
             p.grad = None
         # The averages of the network and of the projector. paper.md, section 7: the decay's warm-up, n from 0.
@@ -383,34 +384,29 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
     assert aug is None or set(mirrored) == {True, False}, "flip and augmentation undo each other"
     draws = {tuple(call["rng"].tolist()) for step in watch.steps for call in step["student"]}
     assert script is not train_unet or len(draws) == 8, "dropout repeats its draws"
-
-    def same(state, want):
-        assert state.keys() == want.keys()
-        assert all(torch.allclose(state[k], v, rtol=0, atol=1e-6) for k, v in want.items())
-
+    # The files.
     last = load(out)
-    for part, module in {"model": net, "ema": ema, "head": head, "ema_projector": teacher_projector,
-                         "diffusion": diffusion}.items():  # fmt: skip
-        same(last[part], module.state_dict())
+    for part, module in modules.items():
+        assert all_close(module.state_dict(), last[part]), part
     assert (last["step"], last["epoch"]) == (4, 2)
     stored = sorted(s["exp_avg"].norm().item() for s in last["optimizer"]["state"].values())
     assert stored == pytest.approx(sorted(m.norm().item() for m, _ in moments.values()), rel=1e-4, abs=1e-7)
     for epoch in (1, 2):
         state = load(out, f"epoch_{epoch:04d}.pt")
-        same(state["ema"], averages[2 * epoch])
+        assert all_close(averages[2 * epoch], state["ema"])
         assert (state["step"], state["epoch"]) == (2 * epoch, epoch) and state["args"] == last["args"] == vars(args)
     if case != "dit-latents":  # there is no VA-VAE here to show latents with
-        check_grids(script, watch.grids, averages, ema, deepcopy(watch.parts["diffusion"]), out)
+        check_grids(watch.grids, averages, ema, deepcopy(watch.parts["diffusion"]), out)
 
 
-def check_grids(script, grids, averages, net, diffusion, out):
+def check_grids(grids, averages, net, diffusion, out):
     """The grids of both epochs: EMA weights in eval mode, from the same noise, laid out row by row."""
     assert [grid["after"] for grid in grids] == [2, 4] and grids[0]["noise"].equal(grids[1]["noise"])
     assert kstest(grids[0]["noise"].flatten().numpy(), "norm").pvalue > 1e-4
     for epoch, grid in enumerate(grids, start=1):
         for call in grid["calls"]:
             assert call["training"] == {False} and call.get("aug") is None
-            assert all(torch.allclose(call["weights"][k], v, atol=1e-6) for k, v in averages[2 * epoch].items())
+            assert all_close(averages[2 * epoch], call["weights"])
         net.load_state_dict(averages[2 * epoch])
         y = torch.arange(16) % CLASSES if net.classes else None
         with torch.no_grad():
@@ -421,14 +417,6 @@ def check_grids(script, grids, averages, net, diffusion, out):
             top, left = 2 + 66 * (k // 4), 2 + 66 * (k % 4)
             want = ((x0[k].clamp(-1, 1) + 1) * 127.5).round().int().repeat_interleave(4, 1).repeat_interleave(4, 2)
             assert (image[:, top : top + 64, left : left + 64] - want).abs().max() <= 1
-
-
-def test_the_last_epoch_is_kept_whatever_save_every_says(tmp_path, monkeypatch):
-    write_data(tmp_path / "data", 17)
-    monkeypatch.setattr(train_uvit, "save_grid", lambda *_: None)
-    run(train_uvit, ["--size", "tiny", "--dataset", "tones", "--resolution", "16", "--batch", "8", "--epochs", "3"],
-        monkeypatch, "--save-every", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"))
-    assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*")) == ["epoch_0002.pt", "epoch_0003.pt"]
 
 
 LEVELS = {  # paper.md, section 2
@@ -443,12 +431,11 @@ LEVELS = {  # paper.md, section 2
 @pytest.mark.parametrize("case", LEVELS)
 def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
     """Two epochs of 300 images in steps of 100, the network left out: order, flips, labels, levels, noise."""
-    script, flags, level, _ = CASES[case]
-    plain = {train_unet: [*flags[:2], *flags[-2:]], train_uvit: ["--size", "tiny", "--cond"],
-             train_dit: ["--size", "tiny", "--cond"]}[script]  # fmt: skip
-    plain += ["--aug", "0"] if script is not train_dit else []
-    args, watch, _, views, labels = watched(case, 300, 100, tmp_path, monkeypatch, light=True, flags=plain)
-    assert len(watch.steps) == 6
+    script, _, level, _ = CASES[case]
+    more = ["--save-every", 3, *([] if script is train_dit else ["--aug", 0])]
+    args, watch, _, views, labels = watched(case, 300, 100, tmp_path, monkeypatch, *more, light=True)
+    kept = [file.name for file in (tmp_path / "run").glob("epoch_*")]
+    assert kept == ["epoch_0002.pt"], "the last epoch is kept, whatever --save-every says"
     rows, flips, times, noises, null = [], [], [], [], []
     for step in watch.steps:
         view, call, seen = step["loss"][0], step["student"][0], step["teacher"][0]
@@ -467,11 +454,10 @@ def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
     assert all(sorted(epoch.tolist()) == list(range(300)) for epoch in epochs)
     ranked = torch.stack([*epochs, torch.arange(300)]).double()
     assert torch.corrcoef(ranked).fill_diagonal_(0).abs().max() < 0.25
-    # Half of the images are flipped, the teacher's by a draw of its own.
+    # Half of the images are flipped, the teacher's by a draw of its own, and anew in every step.
     flips = torch.cat(flips, dim=1)
-    assert 0.4 < flips[0].double().mean() < 0.6
-    assert 0.4 < (flips[0] == flips[1]).double().mean() < 0.6
-    assert 0.4 < (flips[0, :-100] == flips[0, 100:]).double().mean() < 0.6  # drawn anew in every step
+    for half in (flips[0], flips[0] == flips[1], flips[0, :-100] == flips[0, 100:]):
+        assert 0.4 < half.double().mean() < 0.6
     if script is not train_unet:  # a tenth of the labels is dropped, by a draw of its own
         null = torch.cat(null)
         assert 0.05 < null.double().mean() < 0.16 and 0.2 < flips[0, null].double().mean() < 0.8

@@ -1,0 +1,360 @@
+"""Every flag of the six scripts, and each of its choices: what a run with it does that a run without it does not."""
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load, make_checkpoint, make_folder, metrics, run
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import fid
+import probe
+import sample
+import train_dit
+import train_unet
+import train_uvit
+
+TRAIN = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
+
+
+def spy(patch, owner, name, note):
+    """Tell note what owner.name is called with."""
+    call = getattr(owner, name)
+
+    def told(*given, **named):
+        note(*given, **named)
+        return call(*given, **named)
+
+    patch.setattr(owner, name, told)
+
+
+def autocast():
+    """The dtype of the CPU's autocast, None where it is off."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+# ---- Flags: "flag value | other flags": what a run with them does; without the flag it does something else
+OTHER = "something else"  # than without the flag
+COMMON = {
+    "--layer LAYER": {"layer": "LAYER"}, "--cl 0.3": {"gamma": 0.3}, "--cl-t LEVEL | --cl 1": {"level": "LEVEL"},
+    "--dataset mine --resolution 8": {"images": 8, "classes": ["cat", "dog"]},
+    "--data other | --dataset mine --resolution 8": {"classes": ["ant", "bee", "cow"]},
+    "--resolution 8": {"side": 8}, "--epochs 1 | --max-steps 99": {"updates": 8}, "--batch 4": {"passes": [4, 4]},
+    "--accum 2": {"passes": [4] * 4}, "--lr 0.25 | --epochs 2": {"lr": 0.25}, "--ema 0.25": {"decay": 0.25},
+    "--amp bf16": {"autocast": torch.bfloat16}, "--amp fp16": {"autocast": torch.float16},
+    "--amp off": {"autocast": None}, "--amp auto": {"autocast": None}, "--compile": {"compiled": ["NET", "encode"]},
+    "--no-compile": {"compiled": []}, "--seed 5": {"weights": OTHER, "first": OTHER},
+    "--out elsewhere": {"out": "elsewhere"},
+    "--resume | --out done": {"refused": None, "updates": 1}, "--init init.pt": {"weights": "as --seed 5"},
+    "--save-every 2 | --epochs 4 --batch 32 --max-steps 9": {"epochs": [2, 4]}, "--max-steps 3": {"updates": 3},
+    "--device auto": {"refused": None}, "--device cpu": {"refused": None}, "--device cuda": {"refused": OTHER},
+}
+AUG = {"--aug 0.5": {"aug": 0.5}, "--cl-head time | --cl 1": {"head": "time"},
+       "--cl-head moco | --cl 1": {"head": "moco"}}  # fmt: skip
+SELF = {"--self-cond": {"self_cond": "adaptive"}, "--self-cond adaptive": {"self_cond": "adaptive"},
+        "--self-cond add": {"self_cond": "add"}}  # fmt: skip
+COND = {"--cond": {"labelled": True}}
+LATENTS = " --dataset mine --resolution 16"
+CASES = {
+    "train_unet": {**COMMON, **AUG, **SELF,
+        "--model ddpm": {"formulation": "DDPM"}, "--model edm": {"formulation": "EDM"},
+        "--model rf": {"formulation": "RF"}, "--backbone tiny": {"width": 128, "blocks": 6},
+        "--backbone ddpm": {"width": 512, "blocks": 12}, "--backbone ddpmpp": {"width": 512, "blocks": 15}},
+    "train_uvit": {**COMMON, **AUG, **COND,
+        "--size tiny": {"width": 64, "blocks": 5}, "--size S": {"width": 512, "blocks": 13},
+        "--size M": {"width": 768, "blocks": 17}, "--patch 4": {"patch": 4}, "--cls-token": {"cls_token": True},
+        "--cl-target gap | --cls-token": {"pool": "gap"}, "--cl-target cls | --cls-token": {"pool": "cls"}},
+    "train_dit": {**COMMON, **COND, **SELF,
+        "--size tiny": {"width": 64, "blocks": 6}, "--size B": {"width": 768, "blocks": 12},
+        "--size L": {"width": 1024, "blocks": 24}, "--size XL": {"width": 1152, "blocks": 28},
+        "--patch 4": {"patch": 4}, "--qk-norm": {"qk_norm": True},
+        f"--cache-latents NEW --vae vae.pt | {LATENTS}": {"channels": 4, "side": 1},
+        f"--vae vae.pt | --cache-latents NEW {LATENTS}": {"refused": None, "channels": 4},
+        f"--latent-stats stats.pt | --cache-latents NEW --vae vae.pt {LATENTS}": {"mean": [1.0, 2.0, 3.0, 4.0]}},
+}  # fmt: skip
+WORDS = {"train_unet": ("out_4", "66", "UNet"), "train_uvit": ("in_2", "66", "UViT"), "train_dit": ("2", "0.5", "DiT")}
+SAMPLING = {
+    "--steps 3": {"steps": 3}, "--labels 7": {"labels": [7]}, "--cfg 3": {"cfg": 3.0}, "--seed 5": {"pixels": OTHER},
+    "--cfg-interval 0.2 0.6": {"interval": [0.2, 0.6]}, "--vae copy.pt | latents/last.pt": {"vae": "copy.pt"},
+    "--amp bf16": {"autocast": torch.bfloat16}, "--amp fp16": {"autocast": torch.float16},
+    "--amp off": {"autocast": None}, "--compile": {"compiled": ["DiT"]}, "--no-compile": {"compiled": []},
+    "--batch 3": {"largest": 3},
+    "--script mine.py | own.pt": {"refused": None}, "--device auto": {"refused": None},
+    "--device cpu": {"refused": None}, "--device cuda": {"refused": OTHER},
+}  # fmt: skip
+CASES["sample"] = {**SAMPLING, "--n 6": {"drawn": 6}, "--out NEW.npz": {"wrote": ["NEW.npz"]},
+                   "--out NEW": {"wrote": ["NEW"]}}  # fmt: skip
+CASES["fid"] = {**SAMPLING, "--n 6": {"drawn": 6}, "--allow-few | --n 3": {"refused": None},
+                "--ref mine": {"reference": "the training set mine"}, "--weights w.pth": {"inception": "w.pth"},
+                "--data other | --ref mine": {"images": 12}, "--json NEW.json": {"wrote": ["NEW.json"]}}  # fmt: skip
+CASES["probe"] = {
+    "--layer out_4": {"layers": ["out_4"]}, "--grid": {"layers": [f"out_{i}" for i in range(1, 7)], "levels": 6},
+    "--loss": {"losses": 13}, "--curves --plot NEW.png | curves": {"wrote": ["NEW.png"]}, "--t 66": {"level": 66.0},
+    "--pool gap": {"pool": "gap"}, "--pool token | uvit.pt": {"pool": "token"}, "--pool cls | uvit.pt": {"pool": "cls"},
+    "--pixels": {"layers": ["out_2", "pixels"]}, "--features NEW.npz": {"wrote": ["NEW.npz"]},
+    "--epochs 3": {"updates": 3}, "--lr 0.5": {"lr": 0.5}, "--batch 4": {"updates": 4}, "--flip": {"flips": True},
+    "--no-flip": {"flips": False}, "--cache": {"stored": True}, "--batchnorm": {"standardised": True},
+    "--subset 8": {"images": 8}, "--dataset mine": {"classes": 2}, "--data other | --dataset mine": {"classes": 3},
+    "--json NEW.json": {"wrote": ["NEW.json"]}, "--plot NEW.png | --grid": {"wrote": ["NEW.png", "probe_grid.json"]},
+    "--seed 5": {"noise": OTHER}, "--amp bf16": {"autocast": torch.bfloat16}, "--amp auto": {"autocast": None},
+    "--amp fp16": {"autocast": torch.float16}, "--amp off": {"autocast": None},
+    "--script mine.py | own.pt": {"refused": None},
+    "--device auto": {"refused": None}, "--device cpu": {"refused": None}, "--device cuda": {"refused": OTHER},
+}  # fmt: skip
+BASE = {"sample": "--n 4 --steps 2 dit.pt", "fid": "--n 4 --steps 2 dit.pt",
+        "probe": "--epochs 1 --subset 16 unet.pt"}
+
+
+def flags_of(script, patch):
+    """The flags of a script as argparse knows them, {flag: its values, or []}."""
+    parsers, words = [], [] if script.__name__ in TRAIN else ["a.pt"]
+    spy(patch, argparse.ArgumentParser, "parse_args", lambda parser, argv=None: parsers.append(parser))
+    script.parse_args(words)
+    actions = [action for action in parsers[-1]._actions if action.option_strings and action.dest != "help"]
+    return {flag: list(action.choices or []) for action in actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("script", CASES)
+def test_every_flag_and_every_choice_has_a_case(script, monkeypatch):
+    cases = [case.split(" | ")[0].split() + [""] for case in CASES[script]]
+    flags = flags_of(sys.modules[script], monkeypatch)
+    assert {words[0] for words in cases} == set(flags)
+    for flag, choices in flags.items():
+        assert set(choices) <= {words[1] for words in cases if words[0] == flag}, flag
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, fewer_shapes):
+    """A folder with all that flags may name."""
+    place = tmp_path_factory.mktemp("place")
+    make_folder(place / "data", n=4, size=(16, 16))
+    make_folder(place / "other", n=4, size=(16, 16), classes=("ant", "bee", "cow"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setitem(train_unet.BACKBONES["tiny"], "mult", (1, 1, 1))
+        patch.setattr(os, "fsync", lambda file: None)
+        for name in TRAIN:
+            patch.setitem(sys.modules[name].TINY, "cl_hidden", 32)
+        make_checkpoint(place / "unet.pt", train_unet, *TRAIN["train_unet"], shake=0.1)
+        make_checkpoint(place / "uvit.pt", train_uvit, *TRAIN["train_uvit"], "--cls-token", shake=0.1)
+        make_checkpoint(place / "dit.pt", train_dit, *TRAIN["train_dit"], "--cond", shake=0.1)
+        torch.save({"state_dict": train_dit.VAE(32, 4).state_dict()}, place / "vae.pt")
+        shutil.copy(place / "vae.pt", place / "copy.pt")
+        torch.save({"mean": torch.arange(1.0, 5), "std": torch.ones(4)}, place / "stats.pt")
+        shutil.copy(train_dit.__file__, place / "mine.py")
+        torch.save(torch.load(place / "dit.pt") | {"script": "mine"}, place / "own.pt")
+        flags = ["--size", "tiny", "--cache-latents", "cache", "--vae", "vae.pt", "--batch", 4]
+        run(train_dit, *flags, *LATENTS.split(), "--max-steps", 0, "--out", "latents")
+        run(train_unet, *TRAIN["train_unet"], "--batch", 8, "--max-steps", 12, "--out", "curves")
+        for name, words in TRAIN.items():
+            run(sys.modules[name], *words, "--batch", 8, "--max-steps", 1, "--out", f"done_{name}")
+            make_checkpoint(place / f"init_{name}.pt", sys.modules[name], *words, seed=5)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def facts(place):
+    """facts(script, words): what a run with these words does, found once."""
+    numbers = itertools.count()
+
+    @functools.cache
+    def find(name, line):
+        seen, new = SimpleNamespace(refused=None), f"new{next(numbers)}"
+        before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
+        errors = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+            patch.chdir(place)
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(shutil, "which", lambda name: name)
+            seen.compiled = []
+            patch.setattr(nn.Module, "compile", lambda net: seen.compiled.append(type(net).__name__))
+            patch.setattr(torch, "compile", lambda f, **_: seen.compiled.append(getattr(f, "__name__", "DiT")) or f)
+            find_facts = observe_training if name in TRAIN else observe_tool
+            try:
+                find_facts(sys.modules[name], line.replace("NEW", new).split(), seen, patch, new)
+            except SystemExit:
+                seen.refused = errors.getvalue().strip().splitlines()[-1]
+        changed = [path.name for path in place.iterdir() if before.get(path) != path.stat().st_mtime_ns]
+        seen.wrote = sorted(name.replace(new, "NEW") for name in changed)
+        return vars(seen)
+
+    return find
+
+
+def observe_training(script, words, seen, patch, new):
+    """Of networks that are not tiny, only how they are built, without memory."""
+    name = script.__name__
+    args = ["--batch", "8", "--max-steps", "2", "--out", new, *words]
+    args = [word if word not in ("done", "init.pt") else word.replace(".pt", "") + f"_{name}" for word in args]
+    args = [word + ".pt" if word == f"init_{name}" else word for word in args]
+    if f"done_{name}" in args:
+        shutil.copytree(f"done_{name}", new)
+        args = [new if word == f"done_{name}" else word for word in args]
+    small = not {"--size", "--backbone"} & set(args)
+    args = script.parse_args([*TRAIN[name], *args] if small or "tiny" in args else args)
+    with torch.device("meta"):
+        needs_data = args.cond or getattr(args, "cache_latents", None)
+        net, diffusion = (None, None) if needs_data else script.build(args)
+    if net:
+        names = dict(net.named_parameters())
+        seen.formulation, seen.width, seen.blocks = type(diffusion).__name__, net.emb_dim, len(net.layers)
+        seen.patch = next(module for module in net.modules() if isinstance(module, nn.Conv2d)).kernel_size[0]
+        seen.self_cond = None
+        if "self_cond.mlp.0.bias" in names:
+            seen.self_cond = "adaptive" if "self_cond.scale.bias" in names else "add"
+        seen.qk_norm, seen.cls_token = "blocks.0.attn.q_norm.weight" in names, "cls_token" in names
+    if not small and "tiny" not in (getattr(args, "size", None), getattr(args, "backbone", None)):
+        return
+    seen.passes, seen.updates, seen.level, seen.aug, seen.labelled, decays = [], 0, None, None, None, []
+
+    def note_pass(objective, x0, level, noise, y, aug, key):
+        seen.passes.append(len(x0))
+        seen.autocast, seen.labelled = autocast(), y is not None
+        if len(seen.passes) == 1:
+            seen.first, seen.channels, seen.side = x0.sum().item(), *x0.shape[1:3]
+            seen.net, seen.objective = objective.net, objective
+
+    def note_start(objective, args):
+        seen.weights = sum(p.double().abs().sum().item() for p in objective.net.parameters())
+
+    spy(patch, script.Objective, "forward", note_pass)
+    spy(patch, script, "make_optimizer", note_start)
+    spy(patch, script, "get_ema_multi_avg_fn", decays.append)
+    spy(patch, script, "teacher_key", lambda average, view, level: setattr(seen, "level", f"{level:g}"))
+    if hasattr(script, "gate_augment"):
+        spy(patch, script, "gate_augment", lambda uniform, normal, p: setattr(seen, "aug", p))
+    script.main(args)
+    last, lines = load(args.out), metrics(Path(args.out))
+    seen.updates, seen.decay, seen.lr = len(decays), decays[-1], max(line["lr"] for line in lines)
+    seen.images, seen.classes = last["args"]["train_images"], last["args"]["classes"]
+    seen.mean = (last["args"].get("latents") or {"mean": None})["mean"]
+    seen.epochs = sorted(int(file.stem[-4:]) for file in Path(args.out).glob("epoch_*.pt"))
+    seen.out = str(args.out)
+    if args.cl:
+        seen.gamma = round((lines[0]["loss"] - lines[0]["loss_diffusion"]) / lines[0]["loss_contrast"], 3)
+    look_inside(seen, args)
+
+
+def look_inside(seen, args):
+    """Which map the feature is, and whether the head depends on time, with all weights moved."""
+    net, head = seen.net, seen.objective.head
+    with torch.no_grad():
+        for parameter in seen.objective.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        x, t = torch.randn(4, *net.shape), torch.rand(4)
+        _, feat, e_t = net(x, t, with_feat=True)
+        for pool in ("gap", "cls") if seen.cls_token else ("gap",):
+            for layer, value in net.features(x, t, pool=pool).items():
+                if torch.allclose(feat, value, atol=1e-5):
+                    seen.layer, seen.pool = layer, pool
+        if head is not None:
+            same = torch.allclose(head(feat, e_t), head(feat, e_t.flip(0) + 1), atol=1e-4)
+            seen.head = "moco" if same and head.projector.time is None else "time"
+
+
+def observe_tool(script, words, seen, patch, new):
+    """Samples are drawn for sample.py and fid.py; the Inception is left out."""
+    name = script.__name__
+    base = BASE[name].split()
+    if any(word.endswith((".pt", "curves")) and word not in ("vae.pt", "copy.pt") for word in words):
+        base.pop()  # another checkpoint
+    seen.pixels, seen.drawn, seen.steps, seen.largest, seen.vae, seen.autocast = 0, 0, 0, 0, None, None
+    seen.labels, seen.inception, measured = None, None, []
+
+    def note_images(x0):
+        seen.drawn, seen.pixels = seen.drawn + len(x0), seen.pixels + x0.sum().item()
+
+    def note_network(net, x, *_, **__):
+        seen.largest, seen.autocast = max(seen.largest, len(x)), autocast()
+
+    def note_velocity(rf, net, x, level, y, cfg, interval):
+        seen.steps, seen.cfg, seen.interval = seen.steps + 1, cfg, list(interval)
+        seen.labels = y if y is None else sorted(set(y.tolist()))
+
+    spy(patch, train_dit, "to_uint8", note_images)
+    spy(patch, train_dit.DiT, "forward", note_network)
+    spy(patch, train_dit.LatentRF, "velocity", note_velocity)
+    spy(patch, train_dit, "load_vae", lambda path, device: setattr(seen, "vae", str(path).split("/")[-1]))
+    patch.setattr(fid, "LEAST_IMAGES", 4)
+
+    def measure(net, images, *_):
+        measured.append(sum(len(block) for _, block in images.blocks(0, 1)))
+        if len(measured) == 1:
+            seen.reference, seen.images = images.name, measured[0]
+        return SimpleNamespace(gaussian=lambda: (torch.zeros(1), torch.zeros(1)))
+
+    patch.setattr(fid, "measure", measure)
+    patch.setattr(fid, "score", lambda *_: (1.0, 2.0, 0.5))
+    patch.setattr(fid, "load_inception", lambda path, *_: setattr(seen, "inception", path) or SimpleNamespace(sha="0"))
+    seen.noise, seen.flips, seen.lr, seen.updates = 0.0, False, 0.0, 0
+
+    def note_step(optimizer, *_):
+        seen.lr, seen.updates = max(seen.lr, optimizer.param_groups[0]["lr"]), seen.updates + 1
+
+    def note_heads(encode, train, args, stored=None, mean=0.0, std=1.0):
+        seen.stored, seen.standardised = stored is not None, isinstance(mean, torch.Tensor)
+        seen.images, seen.classes = len(train.labels), train.classes
+
+    def note_encoder(encode, x0, noise):
+        seen.noise += noise.sum().item()
+
+    def note_features(net, *_, **__):
+        seen.autocast = autocast()
+
+    def note_x0(split, index, flip=None):
+        if flip is not None:
+            seen.flips = seen.flips or 0 < flip.float().mean().item() < 1
+
+    spy(patch, probe, "train_heads", note_heads)
+    spy(patch, probe.Encoder, "__call__", note_encoder)
+    spy(patch, probe.Split, "x0", note_x0)
+    spy(patch, train_unet.UNet, "features", note_features)
+    hook = register_optimizer_step_pre_hook(note_step)
+    args = script.parse_args([*base, *words])
+    try:
+        results = sample.run_tool(script.main, args)
+    finally:
+        hook.remove()
+    if name == "probe" and results:
+        cells = results[0].get("cells", [{"level": None, "pool": None, "layer": None}])
+        seen.layers = list(dict.fromkeys(cell["layer"] for cell in cells))
+        seen.levels, seen.level, seen.pool = len(results[0]["levels"]), cells[0]["level"], cells[0]["pool"]
+        seen.losses = len(results[0].get("loss", []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "flag"), sorted({(s, case.split()[0]) for s in CASES for case in CASES[s]}))
+def test_a_flag_changes_what_it_says(script, flag, facts):
+    """Each of its values does; and at least one does otherwise than the default."""
+    differs = False
+    for case, wants in CASES[script].items():
+        if case.split()[0] != flag:
+            continue
+        words, _, context = case.partition(" | ")
+        for placeholder, word in zip(("LAYER", "LEVEL"), WORDS.get(script, ()), strict=False):
+            words = words.replace(placeholder, word)
+        plain, seen = facts(script, context), facts(script, f"{context} {words}")
+        for fact, want in wants.items():
+            have = seen.get(fact)
+            if want == OTHER:
+                assert have is not None and have != plain.get(fact), (case, fact, have)
+            else:
+                if want == "as --seed 5":
+                    want = pytest.approx(facts(script, "--seed 5")[fact], rel=1e-6)
+                if want in ("LAYER", "LEVEL"):
+                    want = dict(zip(("LAYER", "LEVEL"), WORDS[script], strict=False))[want]
+                if fact == "compiled" and script in TRAIN:
+                    want = [word.replace("NET", WORDS[script][2]) for word in want]
+                assert have == want, (case, fact, have)
+            differs = differs or have != plain.get(fact)
+    assert differs or flag == "--device" or flag == "--no-compile"

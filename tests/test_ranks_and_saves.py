@@ -1,0 +1,159 @@
+"""Several ranks with accumulation, dropout and signals, and saves by the clock: what they must leave alone."""
+
+import functools
+import itertools
+import shutil
+import signal
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import check_equal_steps, check_resumed, distance, load, metrics, run, shrink
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train_unet
+
+
+def spy(patch, owner, name, note):
+    """Tell note what owner.name is called with."""
+    call = getattr(owner, name)
+
+    def told(*given, **named):
+        note(*given, **named)
+        return call(*given, **named)
+
+    patch.setattr(owner, name, told)
+
+
+# ---- Ranks, signals, timed saves
+UNET = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8", "--epochs", "200", "--device", "cpu"]
+
+
+def run_jobs(rank, world, here, jobs, dropout, wait):
+    """One rank's share of jobs, (folder, flags, the rank that is told to stop in its third step or None).
+
+    wait: of a barrier, since rank 0 saves when others have gone on.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in (shrink(train_unet) | {"LOG_EVERY": 2}).items():
+            patch.setattr(train_unet, key, value)
+        patch.setitem(train_unet.BACKBONES["tiny"], "mult", (1, 1, 1))
+        patch.setitem(train_unet.TINY, "dropout", dropout)
+        patch.setitem(train_unet.TINY, "cl_hidden", 32)
+        for key, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}.items():
+            patch.setenv(key, str(value))
+        join = torch.distributed.init_process_group
+        for number, (folder, flags, told) in enumerate(jobs):
+            where = {"init_method": f"file://{here}/{number}.join", "rank": rank, "world_size": world}
+            patch.setattr(torch.distributed, "init_process_group", functools.partial(join, **where))
+            seen = run_job([*UNET, "--out", f"{here}/{folder}", *flags], told == rank)
+            torch.save(seen, f"{here}/{number}.{rank}")
+            wait()
+
+
+def run_job(flags, told):
+    """Exit status, gradients of the first step, and a checksum of each dropout mask."""
+    seen = {"status": 0, "gradients": [], "masks": []}
+
+    def keep_gradients(optimizer, *_):
+        if not seen["gradients"]:
+            seen["gradients"] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+    def keep_mask(module, _, output):
+        if isinstance(module, nn.Dropout) and module.training:
+            seen["masks"].append(zlib.crc32((output == 0).numpy().tobytes()))
+
+    def stop(args, step, *_):
+        if told and step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+
+    hooks = register_optimizer_step_pre_hook(keep_gradients), register_module_forward_hook(keep_mask)
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, train_unet, "learning_rate", stop)
+        try:
+            train_unet.main(train_unet.parse_args(flags))
+        except SystemExit as end:
+            seen["status"] = end.code
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def spawn(here, jobs, dropout):
+    """Two ranks do all jobs."""
+    barrier = torch.multiprocessing.get_context("spawn").Barrier(2)
+    torch.multiprocessing.spawn(run_jobs, (2, here, jobs, dropout, barrier.wait), nprocs=2)
+
+
+@pytest.mark.slow
+def test_two_ranks_with_accumulation_equal_one_process(tmp_path, monkeypatch):
+    """A pass of all ranks holds the images of one pass of a single process, and contrasts these; without --cl the cuts
+    do not matter at all."""
+    monkeypatch.setitem(train_unet.BACKBONES["tiny"], "mult", (1, 1, 1))
+    flags = ["--model", "edm", "--self-cond", "--max-steps", "4"]
+    contrast, plain = [*flags, "--cl", "0.3"], [*flags, "--model", "rf"]
+    jobs = [("contrast", [*contrast, "--accum", "2"], None), ("plain", [*plain, "--accum", "2"], None)]
+    spawn(tmp_path, jobs, 0.0)
+    for number, (folder, flags) in enumerate([("contrast", [*contrast, "--accum", "2"]), ("plain", plain)]):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        run_jobs(0, 1, tmp_path / "one", [(folder, flags, None)], 0.0, tuple)
+        one, *two = (torch.load(tmp_path / name) for name in ("one/0.0", f"{number}.0", f"{number}.1"))
+        assert two[0]["status"] == two[1]["status"] == 0
+        for a, b, c in zip(one["gradients"], *(rank["gradients"] for rank in two), strict=True):
+            assert b.equal(c) and (a - b).abs().max() <= 1e-4 * max(a.abs().max(), 1e-2)
+        check_equal_steps(tmp_path / "one" / folder, tmp_path / folder, rel=1e-4)
+        assert distance(train_unet, tmp_path / "one" / folder, tmp_path / folder) < 5e-3
+
+
+@pytest.mark.slow
+def test_ranks_drop_out_apart_stop_together_and_go_on(tmp_path):
+    """A signal that one rank gets stops both where the next line is due; what follows repeats the unbroken run."""
+    flags, jobs = ["--accum", "2", "--max-steps", "6"], [("whole", ["--accum", "2", "--max-steps", "6"], None)]
+    for told in (0, 1):
+        jobs += [(f"told{told}", flags, told), (f"told{told}", [*flags, "--resume"], None)]
+    spawn(tmp_path, jobs, 0.2)
+    seen = [[torch.load(f"{tmp_path}/{number}.{rank}") for rank in (0, 1)] for number in range(5)]
+    masks = [mask for rank in seen[0] for mask in rank["masks"]]
+    assert len(masks) == len(set(masks)) == 2 * 6 * 2 * 11  # ranks, steps, passes, blocks: no two alike
+    passes = {0: 6, 1: 4, 2: 2, 3: 4, 4: 2}
+    for number, rank in itertools.product(passes, (0, 1)):
+        assert len(seen[number][rank]["masks"]) == 22 * passes[number]
+    for told, stopped, resumed in ((0, 1, 2), (1, 3, 4)):
+        for rank in (0, 1):
+            want = signal.SIGUSR1 if rank == told else signal.SIGTERM
+            assert seen[stopped][rank]["status"] == 128 + want and seen[resumed][rank]["status"] == 0
+            assert seen[stopped][rank]["masks"] + seen[resumed][rank]["masks"] == seen[0][rank]["masks"]
+        whole, parts = tmp_path / "whole", tmp_path / f"told{told}"
+        check_resumed(whole, parts, metrics(whole), metrics(parts))
+
+
+SECONDS = {1: 59, 2: 61, 3: 960, 4: 962, 5: 1861, 6: 1863, 7: 1864}  # a minute, then twice 15 minutes and a bit
+
+
+@pytest.mark.slow
+def test_a_run_is_saved_after_a_minute_and_every_quarter_of_an_hour(tmp_path, monkeypatch, fewer_shapes):
+    """In mid-epoch, and what was saved goes on as if the run had not been broken off."""
+    now, saved, save = [0.0], [], train_unet.save_run
+    monkeypatch.setattr(train_unet, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setitem(train_unet.BACKBONES["tiny"], "mult", (1, 1, 1))
+    monkeypatch.setitem(train_unet.TINY, "dropout", 0.1)
+    spy(monkeypatch, train_unet, "ema_decay", lambda args, step: now.__setitem__(0, SECONDS[step]))
+
+    def save_and_keep(args, parts, epoch, step, keep):
+        save(args, parts, epoch, step, keep)
+        saved.append(step)
+        if Path(args.out).name == "whole":
+            shutil.copytree(args.out, tmp_path / f"at{step}")
+
+    monkeypatch.setattr(train_unet, "save_run", save_and_keep)
+    run(train_unet, *UNET, "--max-steps", 7, "--out", tmp_path / "whole")
+    assert saved == [2, 4, 6, 7]
+    for step in (2, 6):
+        now[0], parts = 0.0, tmp_path / f"at{step}"
+        assert load(parts)["step"] == step and load(parts)["epoch"] == 0 and not [*parts.glob("epoch*")]
+        run(train_unet, *UNET, "--max-steps", 7, "--out", parts, "--resume")
+        check_resumed(tmp_path / "whole", parts, metrics(tmp_path / "whole"), metrics(parts))
