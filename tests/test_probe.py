@@ -88,6 +88,17 @@ def test_amp_auto_is_that_of_training(folder, monkeypatch, fast, want):
     assert result["protocol"]["amp"] == want
 
 
+def test_features_are_standardised_as_by_batchnorm(folder, monkeypatch):
+    """Over the training split, by the small number that torch adds to the variance."""
+    given, train_heads = [], probe.train_heads
+    monkeypatch.setattr(probe, "train_heads", lambda *args: given.append(args) or train_heads(*args))
+    call(folder / "A/epoch_1.pt", "--pixels", "--batchnorm", "--epochs", 1)
+    *_, mean, std = given[-1]  # of the pixels
+    feat = train_unet.to_x0(given[-1][1].images).flatten(1)
+    want = nn.BatchNorm1d(feat.shape[1], affine=False)(feat)
+    assert len(feat) == 80 and torch.allclose((feat - mean) / std, want, atol=2e-4)
+
+
 @pytest.mark.parametrize("script", [train_unet, train_uvit, train_dit])
 def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
     """No later block runs, and what it gives is what the whole network gives, bit for bit, random tokens included."""
