@@ -41,13 +41,11 @@ PAPER = {
     "DiT-B": "train_dit --dataset imagenet100 --cache-latents none --accum 4",
 }
 
-
 def parse(script, flags):
     """Its flags, with what it would learn from the data."""
     args = script.parse_args(flags)
     args.classes, args.latents = ["noise"], {"mean": [0.0] * 32}
     return args
-
 
 def random_data(script, args, n):
     """What load_data returns: n images of noise."""
@@ -56,7 +54,6 @@ def random_data(script, args, n):
     if getattr(args, "cache_latents", None):
         return torch.randn(n, 2, *shape).half(), torch.zeros(n, dtype=torch.long), args.classes
     return torch.randint(256, (n, *shape)).byte(), torch.zeros(n, dtype=torch.long), args.classes
-
 
 def one_pass(script, args, n, backend=None):
     """The loss on n images, on the CPU, the teacher's pass included."""
@@ -68,7 +65,6 @@ def one_pass(script, args, n, backend=None):
         torch.compiler.reset()
         objective.net.compile(backend=backend)
     return objective(**view, key=script.teacher_key(objective, view, args.cl_t) if args.cl > 0 else None)[0]
-
 
 def kept_bytes(script, args):
     """Bytes per image that autograd keeps under bf16 autocast; weights and their copies cancel in the difference."""
@@ -84,7 +80,6 @@ def kept_bytes(script, args):
     few, many = (sum(storage.nbytes() for storage in storages.values()) for storages in kept.values())
     return (many - few) / 2
 
-
 def seconds(work, *args):
     """How long work(*args) takes, with what it leaves to the GPU; and its result."""
     now = time.perf_counter if torch.cuda.is_available() else time.thread_time
@@ -92,7 +87,6 @@ def seconds(work, *args):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return now() - start, result
-
 
 def train(script, flags, steps, each=lambda step: None):
     """Run main, each(step) in every step: median img/s after the warm-up, the GPU's peak memory without the data."""
@@ -120,7 +114,6 @@ def train(script, flags, steps, each=lambda step: None):
     peak = torch.cuda.max_memory_allocated() - data[0].nbytes if cuda else 0
     return statistics.median(line["img_per_s"] for line in lines if line["step"] > steps // 4), peak
 
-
 def time_runs(script, flags, steps, variants=([],), rounds=1):
     """Run the variants in turn and print a line for each, by its fastest run; returns the first one's peak memory."""
     cuda, device = torch.cuda.is_available(), script.setup_distributed("auto")[2]
@@ -146,14 +139,12 @@ def time_runs(script, flags, steps, variants=([],), rounds=1):
                   + (f"; peak {peak / 2**30:.2f} GiB" if cuda else ""), flush=True)  # fmt: skip
     return runs[0][0][1]
 
-
 def profile(script, flags, steps):
     """Five steps of main after the warm-up: operations, on a GPU its kernels, by their own time."""
     with profiler.profile(schedule=profiler.schedule(wait=0, warmup=steps // 4, active=5, repeat=1)) as seen:
         train(script, flags, steps, lambda step: seen.step())
     order = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
-
 
 def time_tools(run):
     """Sampling, probing and scoring of a trained run."""
@@ -194,7 +185,6 @@ def time_tools(run):
         spent = [seconds(fid.measure, net, images, batch)[0] for _ in range(2)][1]
         print(f"fid.py: {n / spent:.4g} img/s")
 
-
 def main():
     if not sys.argv[1:] or "--help" in sys.argv:
         raise SystemExit(__doc__)
@@ -221,7 +211,6 @@ def main():
             fits = [next(n for n in accum if fixed + total / n < 0.9e9 * size) for size in (24, 48, 80)]
             print(f"{name}: {fixed / 1e9:.2f} GB, {total / args.batch / 1e6:.1f} MB an image, {total / 1e9:.1f} GB a "
                   f"batch of {args.batch}; --accum {fits} for 24, 48, 80 GB", flush=True)  # fmt: skip
-
 
 if __name__ == "__main__":
     main()

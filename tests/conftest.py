@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny networks gain nothing from more
 torch.cpu.get_capabilities = dict  # --amp auto is float32 here, whatever this processor can
 
-
 def draw(name, shape, salt, gain):
     """The weight that belongs to a tensor name, as the golden data defines it: a seeded draw scaled by kind."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}/{name}".encode()))
@@ -34,7 +33,6 @@ def draw(name, shape, salt, gain):
     if len(shape) >= 2:
         return gain * normal / (normal.numel() / shape[0]) ** 0.5
     return 1 + 0.1 * normal if name.endswith("weight") else 0.1 * normal
-
 
 class Golden:
     """One fixture: f.inputs, f.outputs, f.config, f.weights() and f.check(name, value)."""
@@ -61,18 +59,15 @@ class Golden:
         error = (value - want).abs().max().item() / max(1.0, want.abs().max().item())
         assert error <= tolerance, f"{name}: error {error:.2e} above {tolerance:.0e}"
 
-
 @pytest.fixture
 def golden():
     return Golden
-
 
 @pytest.fixture(autouse=True)
 def exact_float32():
     """The tools allow matrix products of lower precision, for the whole process: not beyond the test that ran them."""
     yield
     torch.set_float32_matmul_precision("highest")
-
 
 # ---- data, checkpoints, and scripts run in this process
 def make_folder(root, name="mine", splits=("train", "test"), classes=("cat", "dog"), n=3, size=(8, 8), suffix=".png"):
@@ -86,7 +81,6 @@ def make_folder(root, name="mine", splits=("train", "test"), classes=("cat", "do
                 pixels = rng.randint(0, 256, (*size[::-1], 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}{suffix}")
 
-
 def make_checkpoint(path, script, *flags, seed=0, shake=0.0, gain=1.0, epoch=3, step=9, classes=None):
     """An untrained network as a run would leave it; normal noise of std `shake` wakes what starts at zero."""
     args = script.parse_args(list(map(str, flags)))
@@ -99,14 +93,12 @@ def make_checkpoint(path, script, *flags, seed=0, shake=0.0, gain=1.0, epoch=3, 
     torch.save(state, path)
     return path
 
-
 def run(script, *flags):
     """What a script's main returns, as the command line runs it but in this process, on the CPU."""
     args = script.parse_args([*map(str, flags), "--device", "cpu"])
     if script.__name__.startswith("train_"):
         return script.main(args)
     return importlib.import_module("sample").run_tool(script.main, args)
-
 
 def refused(capsys, call, *given):
     """The one line of an error that call(*given) must end with: exit status 2, or a UserError that would become it."""
@@ -118,12 +110,10 @@ def refused(capsys, call, *given):
     assert stop.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
-
 def shrink(script):
     """What makes a train script's runs short: 64 shapes, 8 steps of batch 8; no samples; and each step has its line."""
     draw = script.draw_shapes
     return {"draw_shapes": lambda n, *rest: draw(64, *rest), "save_grid": lambda *_: None, "LOG_EVERY": 1}
-
 
 @pytest.fixture(scope="module")
 def fewer_shapes():
@@ -135,12 +125,10 @@ def fewer_shapes():
                 patch.setattr(script, key, value)
         yield
 
-
 def metrics(out):
     """The lines of a run's metrics.jsonl, but those that say what was run: the first, and one of each resume."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "args" not in line]
-
 
 def load(out, name="last.pt"):
     """A checkpoint of a run; what last.pt holds as two modules, trained and averaged, also part by part."""
@@ -151,7 +139,6 @@ def load(out, name="last.pt"):
         module, prefix = prefix.split(".", 1)
         state[part] = {k.removeprefix(prefix): v for k, v in state[module].items() if k.startswith(prefix)}
     return state
-
 
 def launch(n, script, *flags):
     """A script in a process of its own, or under torchrun with n gloo ranks; it must end with status 0.
@@ -169,13 +156,11 @@ def launch(n, script, *flags):
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
-
 def check_equal_steps(a, b, rel):
     """Runs a and b, one rank and several, logged the same."""
     for one, two in zip(metrics(a), metrics(b), strict=True):
         for key in one.keys() - {"img_per_s"}:
             assert one[key] == pytest.approx(two[key], rel=rel, abs=1e-5), (one["step"], key)
-
 
 def distance(script, a, b):
     """How far apart the weights of runs a and b ended, relative to how far a has moved from its start."""
@@ -184,7 +169,6 @@ def distance(script, a, b):
     start = script.build(args)[0].state_dict()
     apart, moved = (sum((one[k] - other[k]).square().sum() for k in one) for other in (two, start))
     return (apart / moved).sqrt().item()
-
 
 def check_same(x, y, where):
     """Two states made of dicts, lists, tensors and numbers agree bit for bit."""
@@ -195,7 +179,6 @@ def check_same(x, y, where):
             check_same(x[k], y[k], f"{where}.{k}")
     else:
         assert x.equal(y) if isinstance(x, torch.Tensor) else x == y, where
-
 
 def check_resumed(a, b, whole, parts):
     """Run b, stopped and resumed, equals the unbroken run a bit for bit, in its whole state and in what it logged."""

@@ -328,14 +328,12 @@ PNG: 16 bits are taken | if image.mode not in ("RGB", "L", "P"<< => , "I;16">>)
 """,
 }
 
-
 def mutants():
     """Every mutant as (file, name, old text, new text)."""
     for target, table in MUTANTS.items():
         for name, text in re.findall(r"^(\S.*?) \|\s+(.+)$", table, re.MULTILINE):
             text = text.replace(r"\n", "\n")
             yield target, name, *(re.sub(r"<<(.*?) => (.*?)>>", side, text, flags=re.DOTALL) for side in (r"\1", r"\2"))
-
 
 def mutate(folder, target, old, new):
     """The changed files, {path: text}. Raises ValueError or SyntaxError where the mutant is stale."""
@@ -349,7 +347,6 @@ def mutate(folder, target, old, new):
         texts[path] = text.replace(old, new)
         compile(texts[path], path.name, "exec")
     return texts
-
 
 def run_tests(tree, target, limit, quick):
     """The first test that fails, "" if none does: quick tests of the likely files, of the others, then slow ones."""
@@ -373,7 +370,6 @@ def run_tests(tree, target, limit, quick):
             return failed[0] if failed else said.strip().splitlines()[-1]
     return ""
 
-
 def judge(target, name, old, new, limit, quick):
     """Verdict, and the first failing test or what is wrong with the mutant; old "" is the repository as it is."""
     with tempfile.TemporaryDirectory() as folder:
@@ -386,7 +382,6 @@ def judge(target, name, old, new, limit, quick):
             return "INVALID", str(error)
         failed = run_tests(tree, target, limit, quick)
     return ("caught" if failed else "SURVIVED"), failed
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -423,7 +418,6 @@ def main():
         sys.exit(f"nothing of this counts: the tests fail without any mutant, first {plain.result()[1]}")
     print(f"{counts['caught']} of {len(todo)} caught, {100 * counts['caught'] / max(1, len(todo)):.1f} %; "
           f"{counts['SURVIVED']} survived, {counts['INVALID']} invalid")
-
 
 if __name__ == "__main__":
     main()

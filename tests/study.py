@@ -29,22 +29,18 @@ MEASURES = {  # of a run, its layer and its baseline
     "held-out loss, %": lambda run, layer, base: 100 * statistics.mean(map(relative, run["loss"], base["loss"])),
 }
 
-
 def gap(run):
     """The run's cells [pool, layer, linear, knn] of the mean."""
     return [cell for cell in run["cells"] if cell[0] == "gap"]
 
-
 def relative(loss, other):
     return loss / other - 1
-
 
 def interval(differences):
     """Mean, and half the width of its 95 % interval."""
     n = len(differences)
     half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
     return statistics.mean(differences), half
-
 
 def table():
     """Markdown, a row per variant: its difference from the baseline, with half of the 95 % interval."""
@@ -63,7 +59,6 @@ def table():
             cells.append(f"{mean:+.2f} ± {half:.2f}")
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + f" | {paper:+.2f} |")
     return "\n".join(lines)
-
 
 if __name__ == "__main__":
     print(table())

@@ -18,7 +18,6 @@ import train_uvit as V
 def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
-
 def say(module, weight=0.0, bias=0.0):
     """Set a linear layer or convolution: a weight and a bias, each a number or a tensor."""
     with torch.no_grad():
@@ -27,11 +26,9 @@ def say(module, weight=0.0, bias=0.0):
             module.bias.copy_(torch.as_tensor(bias))
     return module
 
-
 # ---- formulations
 A900 = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[899] ** 0.5  # a_t of step 900
 UVIT_DDPM = V.build(V.parse_args(["--size", "tiny"]))[1]
-
 
 @pytest.mark.parametrize(("diffusion", "level", "clock", "signal", "spread"), [
     (T.RF(), 0.25, 0.25, 0.75, 0.25), (D.LatentRF(), 0.25, 0.75, 0.75, 0.25),
@@ -46,7 +43,6 @@ def test_features_are_those_of_the_noisy_image(diffusion, level, clock, signal, 
     x, t, label, pool, last = diffusion.features(net, x0, level, noise, y, "token", "mid")
     assert torch.allclose(x, float(signal) * x0 + float(spread) * noise, atol=5e-5)
     assert t.tolist() == pytest.approx([clock] * 2, rel=1e-5) and label is y and (pool, last) == ("token", "mid")
-
 
 def test_guided_sampling_by_hand():
     """The paper's defaults: shifted times, of two steps 1, 3.3 / 4.3, 0; weight 1.5 up to t = 0.89; 250 steps."""
@@ -66,7 +62,6 @@ def test_guided_sampling_by_hand():
     assert [t for t, _ in seen] == pytest.approx(times, abs=1e-5)
     assert [len(told) for _, told in seen] == [1 + (t <= 0.89) for t in times]
 
-
 def test_uncertainty_of_the_edm():
     """It starts without weighting, has frozen features 2 pi N(0, 1) and 2 pi U(0, 1), and weighs L / exp(u) + u."""
     torch.manual_seed(0)
@@ -84,13 +79,11 @@ def test_uncertainty_of_the_edm():
     assert loss.item() == pytest.approx(plain.item() / math.exp(0.7) + 0.7, rel=1e-5)
     assert plain.item() == pytest.approx((2 * (x0 - noise / 2) ** 2).mean().item(), rel=1e-5)  # D(x) is x / 2
 
-
 @pytest.mark.parametrize(("flags", "on"), [([], False), (["--cl", "1"], True), (["--aug", "0.1"], True)])
 def test_augmentation_brings_uncertainty(flags, on):
     """[P] Tab. 8."""
     _, diffusion = T.build(T.parse_args(["--model", "edm", "--backbone", "tiny", *flags]))
     assert (diffusion.uncertainty is not None) == on
-
 
 # ---- augmentation, data, average
 def test_gates_of_the_augmentation():
@@ -103,7 +96,6 @@ def test_gates_of_the_augmentation():
     want = [1, 1, 0.3, 3**0.5 / 2 - 1, 0.5, 0, -0.4, 0.5, -0.6]
     assert label[0].tolist() == pytest.approx(want, rel=1e-5, abs=1e-5)
     assert params[1].tolist() == [1, 0, 0, 0, 0, 0, 0, 0] and label[1].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
-
 
 @pytest.mark.parametrize("script", [T, D])
 @pytest.mark.parametrize(("split", "colour"), [("train", [1, 2, 3]), ("test", [4, 5, 6])])
@@ -120,14 +112,12 @@ def test_splits_of_cifar(script, split, colour, monkeypatch):
     assert images.shape == (2, 3, 32, 32) and images[1, :, 5, 7].tolist() == colour
     assert images.sum() == sum(colour) and labels.tolist() == [1, 0] and names == ["a", "b"]
 
-
 @pytest.mark.parametrize(("script", "decays"), [(T, (0, 0.370039, 0.519250, 0.603150)), (D, (0.9999,) * 4)])
 def test_decay_of_the_average_warms_up_as_its_ancestor_s(script, decays):
     """ema_pytorch: the first update copies, the n-th after it has 1 - (1 + n)^(-2/3). LightningDiT: constant."""
     args = script.parse_args(["--dataset", "cifar10"])
     assert [script.ema_decay(args, step) for step in (1, 2, 3, 4)] == pytest.approx(decays, abs=1e-6)
     assert script.ema_decay(args, 10**9) == args.ema == 0.9999
-
 
 def test_subset_of_the_probe_keeps_its_labels():
     model = SimpleNamespace(script=T, args=T.parse_args(["--dataset", "shapes"]))
@@ -139,13 +129,11 @@ def test_subset_of_the_probe_keeps_its_labels():
     found = [known[image.numpy().tobytes()] for image in split.images]
     assert found == split.labels.tolist() and len(found) == 50 and found != labels[:50].tolist()
 
-
 # ---- contrastive head
 def test_no_gradient_into_the_key():
     q, k = rand(4, 8).requires_grad_(), rand(4, 8, seed=1).requires_grad_()
     T.moco_loss(q, k).backward()
     assert k.grad is None and q.grad.abs().max() > 0
-
 
 def test_projector_of_the_paper():
     """Three linear maps and two, no biases; scale -1 and a shift erase the features before the last norm."""
@@ -159,7 +147,6 @@ def test_projector_of_the_paper():
     for layer in small.time:
         say(layer, bias=torch.tensor([-1.0] * 8 + [0.7] * 8))
     assert small(rand(5, 16), rand(5, 6)).abs().max() < 1e-2
-
 
 # ---- networks
 @pytest.mark.parametrize(("norm", "eps"), [
@@ -180,13 +167,11 @@ def test_norms(norm, eps):
     kept = (sign + 3) / 10**0.5  # RMSNorm keeps the mean, the others remove it
     assert torch.allclose(norm(sign + 3), kept if isinstance(norm, nn.RMSNorm) else sign, atol=1e-4)
 
-
 def test_dropout_silences_the_branch():
     """With probability 1 in training, never otherwise."""
     block, x, e = T.ResBlock(32, 32, 8, 1.0), rand(2, 32, 4, 4), rand(2, 8)
     say(block.conv2[1], 1.0)
     assert block(x, e).equal(x) and not block.eval()(x, e).equal(x)
-
 
 @pytest.mark.parametrize(("model", "backbone", "layers", "level", "dropout"), [
     ("ddpm", "ddpm", ("out_6", "out_6"), 11, 0.1), ("ddpm", "ddpmpp", ("out_7", "out_8"), 11, 0.1),
@@ -201,7 +186,6 @@ def test_settings_of_the_paper(model, backbone, layers, level, dropout):
     with torch.device("meta"):
         net, _ = T.build(args)
     assert net.layer == layers[1] and {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {dropout}
-
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_what_the_condition_is_made_of(kind):
@@ -220,10 +204,8 @@ def test_what_the_condition_is_made_of(kind):
     assert label.abs().max() > 1e-3 and torch.allclose(e - time, label, atol=2e-5)
     assert net.encode(x, t, **told)[1].equal(time)  # what the head is told
 
-
 def test_unets_start_at_zero():
     assert T.UNet(16, **T.BACKBONES["tiny"])(rand(2, 3, 16, 16), torch.rand(2)).abs().max() == 0
-
 
 def test_patches_of_a_dit_fold_back():
     """Token (row, column) fills its patch; in it the numbers run over rows, then columns, then channels."""
@@ -235,7 +217,6 @@ def test_patches_of_a_dit_fold_back():
     assert out.equal(want)
     assert not net.pos_embed.requires_grad
 
-
 def test_posterior_of_the_vae():
     """Mean first, then the log variance, cut to [-30, 20]."""
     vae = D.VAE(32, 4)
@@ -245,13 +226,11 @@ def test_posterior_of_the_vae():
     assert mean.flatten().tolist() == [1, 2, 3, 4]
     assert std.flatten().tolist() == pytest.approx([1, math.e, math.exp(10), math.exp(-15)], rel=2e-5)
 
-
 # ---- fid.py
 def test_images_reach_the_inception_without_averages():
     """Three times too large, each third pixel is what is left, from -1 (black) to 1 (white)."""
     large = torch.randint(256, (1, 3, 897, 897), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert torch.allclose(fid.preprocess(large), large[..., 1::3, 1::3] / 127.5 - 1, atol=1e-4)
-
 
 @pytest.mark.slow
 def test_an_image_is_measured_alone(tmp_path, capsys):

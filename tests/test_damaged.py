@@ -24,19 +24,16 @@ import train_uvit as V
 pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8"]
 
-
 class Code:
     """Unpickling this would make a file."""
 
     def __reduce__(self):
         return open, ("boom", "w")
 
-
 def packed(state):
     """The bytes of a checkpoint."""
     torch.save(state, file := io.BytesIO())
     return file.getvalue()
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, fewer_shapes):
@@ -50,14 +47,12 @@ def runs(tmp_path_factory, fewer_shapes):
         state = torch.load(home / "unet/last.pt", weights_only=True)
         yield SimpleNamespace(folder=home / "unet", whole=whole, state=state, other=other)
 
-
 @pytest.fixture
 def here(runs, tmp_path, monkeypatch):
     """A folder to work in, with a copy of the run."""
     shutil.copytree(runs.folder, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
 
 # ---- checkpoints
 READERS = {
@@ -95,7 +90,6 @@ for case, (make, init, resume, tools) in UNFIT.items():
     says = {"init": init, "resume": resume, "sample": tools, "probe": tools}
     CASES += [(case, reader, make, text) for reader, text in says.items() if text]
 
-
 @pytest.mark.parametrize(("case", "reader", "make", "says"), CASES, ids=[f"{row[0]}, {row[1]}" for row in CASES])
 def test_a_file_that_is_no_checkpoint_is_refused(case, reader, make, says, runs, here, capsys, recwarn):
     """Nothing is begun, nothing lost, no code run; the line is all that is said."""
@@ -107,7 +101,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(case, reader, make, says, runs,
     assert stop.value.code == 2 and not recwarn.list
     assert line.startswith("error: ") and "run/last.pt" in line and re.search(says, line), line
     assert {path: path.is_file() and path.read_bytes() for path in here.rglob("*")} == before
-
 
 # ---- images and logs
 def test_images_that_cannot_be_read_are_named_at_once(here, capsys):
@@ -130,7 +123,6 @@ def test_images_that_cannot_be_read_are_named_at_once(here, capsys):
     for line, name in zip(lines, sorted(reasons)[:20], strict=True):
         assert re.match(rf"  \S*/mine/train/cat/{name}: .*{reasons[name]}", line), line
     assert not (here / "new").exists() and not (here / "mine/.cache").exists()
-
 
 @pytest.mark.parametrize(("ending", "steps"), [('{"step": 2, "epo', [1, 2, 3]), ("\0" * 9, [1, 2, 3]), (None, [3])])
 def test_a_damaged_log_stops_no_run(ending, steps, here):

@@ -22,17 +22,14 @@ def load(root, split="train", name="mine", resolution=8):
     images, labels, classes = T.load_data(args, split)
     return images.clone(), labels, classes
 
-
 def paint(path, seed=0):
     """A picture of noise; all are of one size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.RandomState(seed).randint(256, size=(8, 8, 3), dtype=np.uint8)).save(path, "BMP")
 
-
 def pixels(path):
     """A picture as it is stored, uint8 (3, H, W)."""
     return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
-
 
 # ---- Folders ---------------------------------------------------------------------------------------------------------
 def test_classes_and_their_files_come_in_sorted_order(tmp_path, monkeypatch):
@@ -50,7 +47,6 @@ def test_classes_and_their_files_come_in_sorted_order(tmp_path, monkeypatch):
     names = ["0", "1", "10", *map(str, range(2, 10))]
     want = [pixels(tmp_path / f"mine/train/{label}/{name}.png") for label in classes for name in names]
     assert images.equal(torch.stack(want))
-
 
 FOLDERS = {  # case: (files below mine/, split, number of images or what the error says)
     "both": (["train/cat/0.bmp", "train/dog/0.bmp", "test/cat/1.bmp", "test/dog/1.bmp", "val/x/0.bmp"], "test", 2),
@@ -70,7 +66,6 @@ FOLDERS = {  # case: (files below mine/, split, number of images or what the err
     "accents in two forms": (["train/caf\u00e9/0.bmp", "test/cafe\u0301/0.bmp"], "test", 1),
 }
 
-
 @pytest.mark.parametrize("case", FOLDERS)
 def test_folders(case, tmp_path, capsys):
     files, split, result = FOLDERS[case]
@@ -85,7 +80,6 @@ def test_folders(case, tmp_path, capsys):
         images, labels, classes = load(tmp_path, split)
         assert len(images) == len(labels) == result and (len(classes) == 0) == (case == "no classes")
 
-
 def test_tiny_imagenet_layout(tmp_path, capsys):
     """Its test split is val/, labelled by a table; the official test/ has no labels."""
     root = tmp_path / "mine"
@@ -99,7 +93,6 @@ def test_tiny_imagenet_layout(tmp_path, capsys):
     (root / "val/val_annotations.txt").write_text(table + "2.bmp\tn01\t0\t0\t1\t1\n")
     assert "missing: 1 of 3 images of val_annotations.txt" in refused(capsys, load, tmp_path, "test")
 
-
 def test_a_class_folder_may_be_a_link(tmp_path):
     """A link in it that leads back to it adds nothing."""
     paint(tmp_path / "elsewhere/0.bmp")
@@ -107,7 +100,6 @@ def test_a_class_folder_may_be_a_link(tmp_path):
     (tmp_path / "mine/train").mkdir(parents=True)
     (tmp_path / "mine/train/cat").symlink_to(tmp_path / "elsewhere")
     assert len(load(tmp_path)[0]) == 1
-
 
 # ---- The cache -------------------------------------------------------------------------------------------------------
 def test_cached_images_follow_the_files(tmp_path, monkeypatch):
@@ -128,13 +120,11 @@ def test_cached_images_follow_the_files(tmp_path, monkeypatch):
     paint(tmp_path / "moved/train/cat/1.bmp")
     assert len(load(tmp_path, name="moved")[0]) == 2 and len(list((tmp_path / "moved/.cache").iterdir())) == 1
 
-
 class Code:
     """Unpickling this would make a file."""
 
     def __reduce__(self):
         return open, ("boom", "w")
-
 
 DAMAGES = {  # from what the cache holds
     "cut": lambda stored, file: file.write_bytes(file.read_bytes()[:-1]),
@@ -143,10 +133,8 @@ DAMAGES = {  # from what the cache holds
     "other images": lambda stored, file: torch.save({"key": "?", "images": stored["images"] + 1}, file),
 }
 
-
 def denied(*_):
     raise PermissionError("Permission denied")
-
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_cache_is_made_anew_if_it_can_be(case, tmp_path, monkeypatch, capsys):
@@ -163,7 +151,6 @@ def test_a_damaged_cache_is_made_anew_if_it_can_be(case, tmp_path, monkeypatch, 
     monkeypatch.setattr(T, "save_checkpoint", denied)  # a folder that is full, or another user's
     assert load(tmp_path)[0].equal(images) and "not kept" in capsys.readouterr().out
 
-
 # ---- Images ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", [16, 33])
 @pytest.mark.parametrize("size", [(97, 61), (61, 97), (32, 41), (140, 66), (135, 267), (33, 31), (12, 25), (15, 15)])
@@ -179,7 +166,6 @@ def test_images_are_resized_and_cropped_as_by_adm(size, side, tmp_path):
     array = array[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
     assert np.array_equal(T.load_image(tmp_path / "a.png", side).permute(1, 2, 0), array)
 
-
 RED, BLUE, GRAY, WHITE = (200, 40, 40), (40, 40, 200), (58, 58, 58), (255, 255, 255)
 IMAGES = (  # of tests/images: pattern, what lies at the left, at the right once they are upright; or what is refused
     ("exif_[!p]*.jpg", RED, BLUE), ("exif_png6.png", RED, BLUE), ("exif_png_broken.png", RED, BLUE),
@@ -189,7 +175,6 @@ IMAGES = (  # of tests/images: pattern, what lies at the left, at the right once
     ("gif_named.jpg", "is a GIF; read are PNG, JPEG, WebP, BMP", None), ("tiff_named.jpg", "is a TIFF", None),
 )  # fmt: skip
 FILES = [(path.name, *row[1:]) for row in IMAGES for path in sorted((ROOT / "tests/images").glob(row[0]))]
-
 
 @pytest.mark.parametrize(("name", "left", "right"), FILES)
 def test_images_of_the_field(name, left, right):
@@ -204,7 +189,6 @@ def test_images_of_the_field(name, left, right):
     for half, colour in ((image[:, :, :8], left), (image[:, :, 8:], right)):
         assert (half.mean((1, 2)) - torch.tensor(colour)).abs().max() <= 4  # JPEG blurs the edge
 
-
 def test_images_are_turned_as_exif_says(tmp_path):
     stored = np.random.RandomState(0).randint(256, size=(6, 4, 3), dtype=np.uint8)
     across = stored.transpose(1, 0, 2)
@@ -215,7 +199,6 @@ def test_images_are_turned_as_exif_says(tmp_path):
         exif[0x0112] = orientation
         Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
         assert np.array_equal(T.open_image(tmp_path / "a.png"), want), orientation
-
 
 def test_images_lie_on_white_where_they_are_transparent(tmp_path):
     """By a channel, in part; by one colour; in a palette, by one index or by a list. 16 bits keep their high byte."""
@@ -239,7 +222,6 @@ def test_images_lie_on_white_where_they_are_transparent(tmp_path):
         found = np.asarray(T.open_image(tmp_path / "a.png"))
         assert found.shape == (6, 4, 3) and np.abs(found - np.float64(want)).max() <= error, name
 
-
 # ---- CIFAR, shapes, ranges -------------------------------------------------------------------------------------------
 def test_cifar_without_network(tmp_path, capsys, monkeypatch):
     def offline(*_, **__):
@@ -248,12 +230,10 @@ def test_cifar_without_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(T.datasets, "CIFAR10", offline)
     assert "train/<class>/" in refused(capsys, load, tmp_path, "train", "cifar10", 32)
 
-
 FROZEN = (  # sha256 of pixels and labels: benchmark data must never change
     ("train", 10_000, "4feecacb2ae5af488c50e0f9c515f2ddf4c634b302097dde458a05709c61d09e"),
     ("test", 2000, "a6be99c0e48530e6d0966ef060fed66859ba144d753f24aebf8b6c1696f00614"),
 )
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("split", "n", "digest"), FROZEN)
@@ -263,11 +243,9 @@ def test_shapes_are_frozen(split, n, digest, tmp_path):
     assert classes[0] == "solid triangle" and classes[9] == "hollow disc"
     assert hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest() == digest
 
-
 def test_shapes_are_the_same_scenes_at_any_side():
     (small, labels), (large, same) = T.draw_shapes(100, 0, 16), T.draw_shapes(100, 0, 32)
     assert same.equal(labels) and (F.avg_pool2d(large.float(), 2) - small).abs().max() <= 1
-
 
 def test_pixels_lie_in_minus_one_to_one_and_come_back():
     images = torch.arange(256).repeat(3).view(1, 3, 16, 16).to(torch.uint8)
@@ -277,7 +255,6 @@ def test_pixels_lie_in_minus_one_to_one_and_come_back():
     assert T.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
     pair = T.to_x0(torch.cat([images, images]), flip=torch.tensor([False, True]))
     assert pair[:1].equal(x0) and pair[1:].equal(x0.flip(3)) and not pair[1].equal(pair[0])
-
 
 @pytest.mark.slow
 @pytest.mark.skipif("DDAE_DATA" not in os.environ, reason="set DDAE_DATA to a folder with cifar10/ and cifar100/")

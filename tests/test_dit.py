@@ -19,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8"]
 GRID, SIZES = D.save_grid, (D.SHARD, D.BLOCK, D.STATISTICS)
 
-
 def network(seed=0, **kw):
     """A small DiT with no weight left at its initial value."""
     torch.manual_seed(seed)
@@ -29,11 +28,9 @@ def network(seed=0, **kw):
             p.add_(0.05 * torch.randn_like(p))
     return net
 
-
 def batch(n=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, 3, 8, 8, generator=g), torch.rand(n, generator=g)
-
 
 # ---- parity and sizes
 def official(f, config):
@@ -43,7 +40,6 @@ def official(f, config):
     missing, unexpected = net.load_state_dict(f.weights(), strict=False)
     assert set(missing) == set(f.kept) and not unexpected and set(net.state_dict()) == set(f.shapes)
     return net.eval().requires_grad_(False)
-
 
 def test_dit(golden):
     f, maps, seen = golden("dit_small"), {}, {}
@@ -62,7 +58,6 @@ def test_dit(golden):
         f.check(f"block_{i}", maps[name])
         f.check(f"gap_block_{i}", net.features(x, t, y)[name])
 
-
 def test_guidance(golden):
     f = golden("dit_guidance")
     net, rf = official(f, f.config["network"]), D.LatentRF()
@@ -74,7 +69,6 @@ def test_guidance(golden):
         f.check(f"guided_{i}", -rf.velocity(net, z, 1 - clock, y, cfg, interval))
     points, shift = f.config["num_steps"], 1 / f.config["timestep_shift"]
     f.check("euler_sample", rf.sample(net, z, points - 1, y, cfg, interval, shift))
-
 
 def test_transport(golden, monkeypatch):
     f, rf = golden("transport"), D.LatentRF()
@@ -97,7 +91,6 @@ def test_transport(golden, monkeypatch):
     monkeypatch.setattr(D.F, "normalize", lambda x, dim, eps=0: torch.zeros_like(x))
     f.check("loss_per_sample", rf.loss(net, data, t, noise)[0] - 1, mse)
 
-
 def test_vae(golden, tmp_path):
     """As the public file wraps it: under state_dict, among the weights of what trained it."""
     f = golden("vavae_small")
@@ -108,7 +101,6 @@ def test_vae(golden, tmp_path):
     f.check("mean", mean)
     f.check("logvar", 2 * std.log())
     f.check("decoded", vae.decode(mean))
-
 
 def test_full_size_parameter_counts():
     counts = {"": 129_787_424, "--cond": 130_556_192, "--self-cond": 129_787_424 + 1_378_304,  # [P]: 1.38 M
@@ -121,14 +113,12 @@ def test_full_size_parameter_counts():
             net, _ = D.build(args)
             assert net.shape == (32, 16, 16) and sum(p.numel() for p in net.parameters()) == count, flags
 
-
 # ---- network
 def untrained(*flags):
     """The tiny network as it is before its first step."""
     args = D.parse_args([*TINY, *flags])
     args.classes = D.SHAPES
     return D.build(args)[0]
-
 
 def test_self_conditioning_starts_as_the_baseline_and_reaches_the_decoder_only():
     base, plus = network(), network(self_cond="adaptive", layer="2")
@@ -142,7 +132,6 @@ def test_self_conditioning_starts_as_the_baseline_and_reaches_the_decoder_only()
     after = plus.features(x, t)
     assert [k for k in before if not before[k].equal(after[k])] == ["3", "4"]
 
-
 def test_training_starts_at_zero_and_with_no_giant_gradient():
     """Where v_hat is zero a cosine has no direction: fp16 would overflow, Adam remember it."""
     net, noise, y = untrained("--self-cond", "--cond"), torch.randn(8, 3, 16, 16), torch.arange(8)
@@ -150,7 +139,6 @@ def test_training_starts_at_zero_and_with_no_giant_gradient():
     assert net.self_cond.mlp[2].weight.abs().max() == net.self_cond.mlp[2].bias.abs().max() == 0
     D.LatentRF().loss(net, torch.randn_like(noise), torch.full((8,), 0.5), noise, y)[0].backward()
     assert torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() < 10
-
 
 def test_teacher_stops_at_the_layer_and_feature_is_the_pooled_block():
     net, calls = network(self_cond="add", layer="3", classes=4), []
@@ -162,7 +150,6 @@ def test_teacher_stops_at_the_layer_and_feature_is_the_pooled_block():
     calls.clear()
     only = net.encode(x, t)
     assert len(calls) == 3 and only[0].equal(feat) and only[1].equal(e_t)
-
 
 def test_null_class_and_token_pooling():
     net = network(classes=4)
@@ -176,7 +163,6 @@ def test_null_class_and_token_pooling():
     net.run(x, t, None, None, maps=maps)
     assert all((maps["2"][i] == net.features(x, t, pool="token")["2"][i]).all(1).any() for i in range(3))
 
-
 def test_qk_norm_bounds_the_logits():
     """Scaling queries and keys changes nothing with --qk-norm, and something without."""
     x, t = batch()
@@ -188,7 +174,6 @@ def test_qk_norm_bounds_the_logits():
                 block.attn.qkv.weight[:64] *= 3
                 block.attn.qkv.bias[:64] *= 3
         assert torch.allclose(net(x, t), before, atol=1e-4) == qk_norm
-
 
 def test_network_refuses_what_it_cannot_take():
     net, (x, t) = network(), batch()
@@ -204,13 +189,11 @@ def test_network_refuses_what_it_cannot_take():
         with pytest.raises(ValueError, match=says):
             call(**kw)
 
-
 # ---- flags
 def train(out, *flags):
     """Run the script in this process; returns its metrics lines without the header."""
     run(D, *TINY, "--out", out, *flags)
     return metrics(Path(out))
-
 
 def test_defaults_are_the_papers():
     paper, latents = {"batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0}, "--cache-latents x "
@@ -228,7 +211,6 @@ def test_defaults_are_the_papers():
         args = vars(D.parse_args(["--dataset", *flags.split()]))
         assert {name: args[name] for name in want} == want, flags
 
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -245,7 +227,6 @@ def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, train, "run", *flags.split())
     assert not list(tmp_path.iterdir())
-
 
 @pytest.mark.parametrize(
     ("public", "ours", "says"),
@@ -268,10 +249,8 @@ def test_init_takes_all_weights_or_none(public, ours, says, tmp_path, capsys):
         D.load_weights(net, tmp_path / "public.pt")
         assert all(net.state_dict()[k].equal(v + 1) for k, v in source.items())
 
-
 # ---- latents
 RUN = ["--cond", "--self-cond", "--cl", "0.01", "--max-steps", "3"]
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -287,7 +266,6 @@ def pictures(tmp_path_factory):
         patch.setattr(D, "STATISTICS", 100)
         yield root, flags
 
-
 @pytest.fixture(scope="module")
 def cached(pictures, tmp_path_factory):
     """A run on latents, and the folder of the latents that it made."""
@@ -295,20 +273,16 @@ def cached(pictures, tmp_path_factory):
     train(home / "run", *pictures[1], *RUN, "--cache-latents", home / "latents")
     return home / "run", home / "latents"
 
-
 def open_cache(folder, *flags, split="train"):
     """Latents, labels and classes of a cache, which is made if it must be, and the flags, args.latents filled in."""
     args = D.parse_args([*TINY, "--cache-latents", *map(str, [folder, *flags])])
     return *D.load_data(args, split), args
 
-
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-
 def seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
 
 def draws(vae, files, seed):
     """Draws from the posterior of images and their mirror images, (n, 2, 4, 2, 2)."""
@@ -317,7 +291,6 @@ def draws(vae, files, seed):
     mean, std = (torch.cat(parts) for parts in zip(*map(vae.encode, both.split(16)), strict=True))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return (mean + std * noise).unflatten(0, (-1, 2))
-
 
 @pytest.mark.slow
 def test_cache_equals_a_replay_and_needs_neither_images_nor_vae(pictures, cached, tmp_path):
@@ -351,7 +324,6 @@ def test_cache_equals_a_replay_and_needs_neither_images_nor_vae(pictures, cached
     assert not maps.exists() or f"{folder}/test_00000.pt" in maps.read_text()  # x0 is of the file, not read
     assert D.to_x0(x0[:], flip).equal(x0[:][range(20), flip.int()].float())
 
-
 def test_shards_are_indexed_as_one_tensor(monkeypatch):
     monkeypatch.setattr(D, "SHARD", 4)
     whole = torch.randn(10, 2, 3, 2, 2).half()
@@ -364,7 +336,6 @@ def test_shards_are_indexed_as_one_tensor(monkeypatch):
     for name in ("shape", "ndim", "nbytes", "device"):
         assert getattr(shards, name) == getattr(whole, name), name
     assert len(shards) == 10 and shards.to(torch.device("cpu")) is shards
-
 
 @pytest.mark.slow
 def test_a_killed_encoding_goes_on_with_the_missing_shards(pictures, cached, tmp_path, monkeypatch):
@@ -392,7 +363,6 @@ def test_a_killed_encoding_goes_on_with_the_missing_shards(pictures, cached, tmp
         if images > 22:
             (tmp_path / "train_00001.pt").unlink()
 
-
 @pytest.mark.slow
 def test_two_ranks_make_the_same_shards_and_the_same_steps(pictures, cached, tmp_path):
     (tmp_path / "script.py").write_text(f"""import sys
@@ -412,7 +382,6 @@ D.main(D.parse_args())
     assert content(tmp_path / "latents") == content(cached[1])
     check_equal_steps(cached[0], tmp_path / "run", rel=1e-3)
 
-
 @pytest.mark.slow
 def test_images_without_classes_become_latents(pictures, tmp_path, capsys):
     for split in ("train", "test"):
@@ -421,7 +390,6 @@ def test_images_without_classes_become_latents(pictures, tmp_path, capsys):
     assert train(tmp_path / "run", *flags, "--max-steps", "1")[0]["step"] == 1
     assert load(tmp_path / "run")["args"]["classes"] == []
     assert "--cond needs classes" in refused(capsys, train, tmp_path / "cond", *flags, "--cond")
-
 
 def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     """Nor does one that was begun go on with other images."""
@@ -453,7 +421,6 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     (begun / "meta.pt").write_bytes(b"{")
     assert "meta.pt cannot be read" in refused(capsys, open_cache, begun, *pictures[1])
 
-
 @pytest.mark.slow
 def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
     """The VA-VAE, whose work is done, may be gone; the probe finds the latents by --data."""
@@ -464,7 +431,6 @@ def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
     (tmp_path / "vae.pt").unlink()
     assert train(out, *flags, folder, "--max-steps", "2", "--resume")[-1]["step"] == load(out)["step"] == 2
     run(probe, out, "--data", folder, "--epochs", "1", "--batch", "16")
-
 
 @pytest.mark.slow
 def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path, capsys):
@@ -489,7 +455,6 @@ def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path, capsys):
     model.args.cache_latents = str(cached[1])  # normalised by its own statistics
     assert "latents of another mean" in refused(capsys, D.load_data, model.args, "train")
 
-
 # ---- tools
 @pytest.mark.slow
 def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
@@ -503,7 +468,6 @@ def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
                         (tmp_path / "other.pt", "is not the file")):  # fmt: skip
         assert says in refused(capsys, run, sample, cached[0], "--n", "1", "--steps", "1", "--vae", wrong)
 
-
 def test_sample_grids_of_latents_are_decoded_where_there_is_a_vae(pictures, cached, tmp_path):
     *_, args = open_cache(cached[1], *pictures[1], "--out", tmp_path)
     net, diffusion = D.build(args)
@@ -514,7 +478,6 @@ def test_sample_grids_of_latents_are_decoded_where_there_is_a_vae(pictures, cach
         args.vae = vae
         GRID(args, net, diffusion, torch.device("cpu"), epoch)
     assert len(list(tmp_path.iterdir())) == 1
-
 
 def test_guidance_flags_reach_the_sampler_and_nothing_else_takes_them(tmp_path, capsys):
     make_checkpoint(tmp_path / "cond.pt", D, *TINY, "--cond")

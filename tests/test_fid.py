@@ -28,23 +28,19 @@ class FakeInception:
         feat = x.mean((2, 3)).repeat(1, 683)[:, :2048]
         return feat, feat[:, :1008].double()
 
-
 def random_images(n, size=16, seed=0):
     return np.random.RandomState(seed).randint(256, size=(n, size, size, 3), dtype=np.uint8)
-
 
 def write_npz(path, **arrays):
     with open(path, "wb") as file:  # np.savez would change the name
         np.savez(file, **arrays)
     return path
 
-
 def write_folder(path, images):
     path.mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(path / f"{i:06d}.png")
     return path
-
 
 # ---- The Inception ---------------------------------------------------------------------------------------------------
 def resize_tensorflow1(images):
@@ -53,7 +49,6 @@ def resize_tensorflow1(images):
     place = (torch.arange(299) * (side / 299)).clamp(max=side - 1)
     w = (1 - (place[:, None] - torch.arange(side)).abs()).clamp(min=0)  # (299, side)
     return (w @ images.float() @ w.T - 128) / 128
-
 
 @pytest.mark.slow
 @torch.no_grad()
@@ -73,7 +68,6 @@ def test_inception_equals_both_libraries():
             record.check(case.format(tap), value)
     record.check("fidelity_logits_unbiased_small", unbiased)
 
-
 def test_weights_that_cannot_be_had(capsys, monkeypatch, tmp_path):
     """Without network the line says what to put where; a file of the person's is refused with its name."""
     def no_network(*_, **__):
@@ -91,7 +85,6 @@ def test_weights_that_cannot_be_had(capsys, monkeypatch, tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, other)
     assert f"{other} holds another network" in refused(capsys, fid.load_inception, other, "cpu")
 
-
 # ---- Frechet distance and Inception Score ----------------------------------------------------------------------------
 def gaussian_of(feat):
     """Mean and covariance by fid.Sums, in uneven pieces."""
@@ -99,7 +92,6 @@ def gaussian_of(feat):
     for piece in feat.split(max(2, len(feat) // 3)):
         sums.update(piece, torch.zeros(len(piece), 2), torch.zeros(len(piece), dtype=torch.int64))
     return sums.gaussian()
-
 
 def test_frechet_distance_has_closed_forms():
     draw = torch.Generator().manual_seed(0)
@@ -114,7 +106,6 @@ def test_frechet_distance_has_closed_forms():
         want = (gap + distance).item()
         assert fid.frechet_distance(mean_a, cov_a, mean_b, cov_b) == pytest.approx(want, rel=rel), name
 
-
 def test_both_numbers_equal_both_libraries():
     record, sums = Golden("metrics"), fid.Sums(1, 20)
     a, b, a_few, b_few = (gaussian_of(record.inputs[name]) for name in ("a", "b", "a_few", "b_few"))
@@ -126,7 +117,6 @@ def test_both_numbers_equal_both_libraries():
     record.check("is_mean_shuffled", mean)
     record.check("is_std_shuffled", std)
 
-
 def test_sums_lose_no_accuracy():
     """Features like Inception's: float32, mean above standard deviation, some of them dead."""
     feat = 0.4 + 0.1 * torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
@@ -136,14 +126,12 @@ def test_sums_lose_no_accuracy():
     assert np.abs(mean.numpy() - feat.double().numpy().mean(0)).max() < 1e-13
     assert np.abs(cov.numpy() - want).max() < 1e-12 * want.max()
 
-
 def test_inception_score_of_certain_predictions_is_the_number_of_classes():
     """Of those predicted, one is not (0 log 0); eight of ten splits stay empty."""
     sums = fid.Sums(1, 21)
     for split in (0, 1):
         sums.update(torch.zeros(20, 1), 1000 * torch.eye(20, 21), torch.full((20,), split))
     assert sums.inception_score() == pytest.approx((20, 0), abs=1e-9)
-
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 def test_folder_and_npz_hold_the_same_images(tmp_path):
@@ -161,7 +149,6 @@ def test_folder_and_npz_hold_the_same_images(tmp_path):
         assert (images.n, images.size) == (4, (16, 16)) and sorted(found) == list(range(4))
         assert all(np.array_equal(found[i], pictures[i]) for i in found)
 
-
 WHOLE = random_images(3)
 BAD = {  # what is done to a/000001.png, of 16x16 pixels, or to a.npz, and what is said
     "another size": (lambda png, npz: Image.new("RGB", (8, 8)).save(png), "is not 16x16"),
@@ -177,7 +164,6 @@ BAD = {  # what is done to a/000001.png, of 16x16 pixels, or to a.npz, and what 
     "other names": (lambda png, npz: write_npz(npz, mean=WHOLE), "has no arr_0"),
 }
 
-
 @pytest.mark.parametrize("case", BAD)
 def test_images_that_are_not_plain_are_refused(capsys, monkeypatch, tmp_path, case):
     """Others than PNGs of 8 bits would have to be converted in some way, and the number would depend on it."""
@@ -188,7 +174,6 @@ def test_images_that_are_not_plain_are_refused(capsys, monkeypatch, tmp_path, ca
     line = refused(capsys, lambda: list(fid.open_images(npz if npz.exists() else png.parent, None, 8).blocks(0, 1)))
     assert str(npz if npz.exists() else png) in line and says in line
 
-
 # ---- References ------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def training_set(monkeypatch):
@@ -198,13 +183,11 @@ def training_set(monkeypatch):
         monkeypatch.setattr(script, "load_data", lambda args, split: (pictures, torch.zeros(6), ["one"]))
     return pictures
 
-
 def make_reference(data, *flags):
     """Mean, covariance, and what they were made from, for samples of 16 pixels."""
     args = fid.parse_args(["samples.npz", "--data", str(data), "--allow-few", *map(str, flags)])
     gaussian, made_from = fid.reference(None, (16, 16), FakeInception(), args, 0, 1)
     return *gaussian, made_from
-
 
 def test_a_reference_is_kept_by_pixels_and_weights(capsys, monkeypatch, tmp_path, training_set):
     """What was measured is found again, under both hashes: after a change it is not."""
@@ -233,7 +216,6 @@ def test_a_reference_is_kept_by_pixels_and_weights(capsys, monkeypatch, tmp_path
     make_reference(tmp_path / "full", "--ref", "shapes")
     assert "note: the reference is not kept" in capsys.readouterr().err
 
-
 def test_a_reference_is_found_by_every_name(monkeypatch, tmp_path, training_set):
     """A folder or npz beside us, in capitals too; a data set's folder is a data set."""
     monkeypatch.chdir(tmp_path)
@@ -248,7 +230,6 @@ def test_a_reference_is_found_by_every_name(monkeypatch, tmp_path, training_set)
     assert make_reference(tmp_path, "--ref", "shapes")[2]["dataset"] == "shapes"
     assert fid.open_samples("X.NPZ", fid.parse_args(["X.NPZ"]), "cpu")[1].n == 3
 
-
 def test_adm_statistics(capsys, tmp_path):
     """Images in the same file and the data folder stay unread; what is not of 2048 features is refused."""
     mu, sigma, path = np.arange(2048.0), np.eye(2048), tmp_path / "adm.npz"
@@ -260,7 +241,6 @@ def test_adm_statistics(capsys, tmp_path):
     for bad in ({"mu": mu[:192], "sigma": sigma[:192, :192]}, {"mu": mu}, {"mu": words, "sigma": sigma}):
         write_npz(path, **bad)
         assert "not floats mu (2048,)" in refused(capsys, make_reference, tmp_path, "--ref", path)
-
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 MISTAKES = (  # flags, what is said, and whether it needs the Inception
@@ -283,7 +263,6 @@ MISTAKES = (  # flags, what is said, and whether it needs the Inception
     ("few.npz --allow-few --ref small.npz", "small.npz has 8x8 images, compared with 16x16", True),
 )
 
-
 @pytest.mark.parametrize(("flags", "says", "late"), MISTAKES)
 def test_mistakes_are_one_line_and_show_early(capsys, monkeypatch, tmp_path, flags, says, late):
     monkeypatch.chdir(tmp_path)
@@ -301,7 +280,6 @@ def test_mistakes_are_one_line_and_show_early(capsys, monkeypatch, tmp_path, fla
         make_checkpoint(tmp_path / "b.pt", train_unet, "--backbone", "tiny", "--dataset", "cifar10", "--resolution", 16)
     assert says in refused(capsys, run, fid, *flags.split())
     assert bool(loaded) == late and not (tmp_path / "new.json").exists()
-
 
 @pytest.mark.slow
 def test_ranks_do_not_change_the_result(capsys, tmp_path):
@@ -326,7 +304,6 @@ def test_ranks_do_not_change_the_result(capsys, tmp_path):
     for key in ("fid", "is_mean", "is_std"):
         assert two.pop(key) == pytest.approx(one.pop(key), rel=2e-5, abs=1e-9)
     assert one == two and one["n"] == 4
-
 
 @pytest.mark.parametrize("cond", [{}, {"labels": ["balanced"], "cfg": 1.5}])
 def test_a_checkpoint_is_scored_against_its_own_training_set(cond, capsys, monkeypatch, tmp_path, training_set):

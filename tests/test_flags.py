@@ -26,7 +26,6 @@ import train_uvit
 
 TRAIN = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
 
-
 def spy(patch, owner, name, note):
     """Tell note what owner.name is called with."""
     call = getattr(owner, name)
@@ -37,11 +36,9 @@ def spy(patch, owner, name, note):
 
     patch.setattr(owner, name, told)
 
-
 def autocast():
     """The dtype of the CPU's autocast, None where it is off."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-
 
 # ---- Flags: "flag value | other flags": what a run with them does; without the flag it does something else
 OTHER = "something else"  # than without the flag
@@ -114,7 +111,6 @@ CASES["probe"] = {
 BASE = {"sample": "--n 4 --steps 2 dit.pt", "fid": "--n 4 --steps 2 dit.pt",
         "probe": "--epochs 1 --subset 16 unet.pt"}
 
-
 def flags_of(script, patch):
     """The flags of a script as argparse knows them, {flag: its values, or []}."""
     parsers, words = [], [] if script.__name__ in TRAIN else ["a.pt"]
@@ -123,7 +119,6 @@ def flags_of(script, patch):
     actions = [action for action in parsers[-1]._actions if action.option_strings and action.dest != "help"]
     return {flag: list(action.choices or []) for action in actions for flag in action.option_strings}
 
-
 @pytest.mark.parametrize("script", CASES)
 def test_every_flag_and_every_choice_has_a_case(script, monkeypatch):
     cases = [case.split(" | ")[0].split() + [""] for case in CASES[script]]
@@ -131,7 +126,6 @@ def test_every_flag_and_every_choice_has_a_case(script, monkeypatch):
     assert {words[0] for words in cases} == set(flags)
     for flag, choices in flags.items():
         assert set(choices) <= {words[1] for words in cases if words[0] == flag}, flag
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, fewer_shapes):
@@ -161,7 +155,6 @@ def place(tmp_path_factory, fewer_shapes):
             make_checkpoint(place / f"init_{name}.pt", sys.modules[name], *words, seed=5)
         yield place
 
-
 @pytest.fixture(scope="module")
 def facts(place):
     """facts(script, words): what a run with these words does, found once."""
@@ -190,7 +183,6 @@ def facts(place):
         return vars(seen)
 
     return find
-
 
 def observe_training(script, words, seen, patch, new):
     """Of networks that are not tiny, only how they are built, without memory."""
@@ -246,7 +238,6 @@ def observe_training(script, words, seen, patch, new):
         seen.gamma = round((lines[0]["loss"] - lines[0]["loss_diffusion"]) / lines[0]["loss_contrast"], 3)
     look_inside(seen, args)
 
-
 def look_inside(seen, args):
     """Which map the feature is, and whether the head depends on time, with all weights moved."""
     net, head = seen.net, seen.objective.head
@@ -262,7 +253,6 @@ def look_inside(seen, args):
         if head is not None:
             same = torch.allclose(head(feat, e_t), head(feat, e_t.flip(0) + 1), atol=1e-4)
             seen.head = "moco" if same and head.projector.time is None else "time"
-
 
 def observe_tool(script, words, seen, patch, new):
     """Samples are drawn for sample.py and fid.py; the Inception is left out."""
@@ -334,7 +324,6 @@ def observe_tool(script, words, seen, patch, new):
         seen.layers = list(dict.fromkeys(cell["layer"] for cell in cells))
         seen.levels, seen.level, seen.pool = len(results[0]["levels"]), cells[0]["level"], cells[0]["pool"]
         seen.losses = len(results[0].get("loss", []))
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "flag"), sorted({(s, case.split()[0]) for s in CASES for case in CASES[s]}))

@@ -25,7 +25,6 @@ NETWORKS = {
 FORMULATIONS = {"ddpm": train_unet.DDPM(1e-3), "edm": train_unet.EDM(uncertainty=True), "rf": train_unet.RF(),
                 "latent": train_dit.LatentRF()}  # fmt: skip
 
-
 def make_net(name, *flags, shake=0.0):
     """A fresh network, its weights moved by noise of std `shake`, and its formulation."""
     script, words = NETWORKS[name]
@@ -37,7 +36,6 @@ def make_net(name, *flags, shake=0.0):
         for parameter in net.parameters():
             parameter.add_(shake * torch.randn_like(parameter))
     return net, diffusion
-
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
@@ -58,7 +56,6 @@ def test_time_and_features_are_float32_under_autocast(name):
         assert (features[layer] - mean).abs().max() <= 2e-5 * max(1, mean.abs().max()), layer
         if layer == net.layer:
             assert (feat - (h[:, 0] if name == "uvit" else mean)).abs().max() <= 2e-5 * max(1, mean.abs().max())
-
 
 @pytest.mark.parametrize("name", FORMULATIONS)
 def test_losses_and_samples_are_float32_under_autocast(name):
@@ -84,7 +81,6 @@ def test_losses_and_samples_are_float32_under_autocast(name):
         assert mixed.dtype == plain.dtype and mixed.dtype != torch.bfloat16
         assert torch.allclose(mixed, plain, rtol=2e-5, atol=2e-5)
 
-
 def test_the_head_normalises_and_contrasts_in_float32_under_autocast():
     draw = torch.Generator().manual_seed(0)
     x = (5 + torch.randn(8, 16, generator=draw)).bfloat16()
@@ -99,7 +95,6 @@ def test_the_head_normalises_and_contrasts_in_float32_under_autocast():
                               atol=1e-4)
         assert normed.dtype == loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=2e-5)
 
-
 # ---- Fresh weights: the first pattern that is found in a name tells how they start
 HEAD = [(r"time\..*", "zero"), (r"norm.*weight", "one"), (r"norm.*bias", "zero"), ("linear", "torch")]
 SELF_COND = [(r"self_cond\.mlp\.2", "zero"), (r"self_cond\.scale\.bias", "one"), ("self_cond", "torch")]
@@ -112,7 +107,6 @@ LAWS = {
             ("adaLN_modulation|final_layer.linear", "zero"), ("t_embedder|y_embedder", "normal 0.02"),
             ("weight", "xavier of rows")],
 }  # fmt: skip
-
 
 def check_law(law, name, w, weights):
     if law in ("zero", "one"):
@@ -128,7 +122,6 @@ def check_law(law, name, w, weights):
         assert bound * (1 - 12 / w.numel()) < w.abs().max() <= bound * 1.000001, name
         assert abs(w.std() * 3**0.5 / bound - 1) < 4 / w.numel() ** 0.5, name
 
-
 @pytest.mark.parametrize("name", [*LAWS, "head"])
 def test_fresh_weights_follow_their_law(name):
     """U-ViT as [UViT], DiT as [DiT] and LightningDiT start; UNets by Xavier's rule, residual branches in zeros."""
@@ -139,13 +132,11 @@ def test_fresh_weights_follow_their_law(name):
         law = next(law for pattern, law in LAWS.get(name, HEAD) if re.search(pattern, key))
         check_law(law, key, w.detach(), weights)
 
-
 def test_uncertainty_starts_at_none_over_random_waves():
     u = train_unet.Uncertainty(4096)
     assert u.linear.bias is None and not u.linear.weight.any()
     assert u.freqs.std().item() == pytest.approx(2 * math.pi, rel=0.1) and abs(u.freqs.mean()) < 0.5
     assert u.phases.min() >= 0 and u.phases.max() <= 2 * math.pi and abs(u.phases.mean() - math.pi) < 0.2
-
 
 # ---- Random tokens, latents, queries and keys
 @pytest.mark.parametrize("name", ["uvit", "dit"])
@@ -170,7 +161,6 @@ def test_tokens_of_the_probe_do_not_hang_on_what_ran_before(name, monkeypatch):
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
     assert len({tuple(draw.tolist()) for draw in found[0][2:]}) == len(found[0][2:]) == 2 + 4
 
-
 class Noise(nn.Module):
     """A VA-VAE whose posterior is a standard normal, whatever the image."""
 
@@ -180,7 +170,6 @@ class Noise(nn.Module):
 
     def encode(self, x):
         return torch.zeros(len(x), 4, 1, 1), torch.ones(len(x), 4, 1, 1)
-
 
 def test_no_two_latents_share_their_noise(tmp_path, monkeypatch):
     """Neither in a block, nor in two blocks, shards or splits, nor an image and its mirror image."""
@@ -193,7 +182,6 @@ def test_no_two_latents_share_their_noise(tmp_path, monkeypatch):
     args = train_dit.parse_args([*map(str, flags), "--cache-latents", str(tmp_path / "cache")])
     latents = [train_dit.load_data(args, split)[0][:] for split in ("train", "test")]
     assert torch.cat(latents).flatten(0, 1).flatten(1).unique(dim=0).shape == (2 * 6 * 2, 4)
-
 
 def test_queries_and_keys_are_normalised_by_their_own_weights():
     """q = w q / rms(q), before the rotation: pairs turn by 10000^(-2 i / half) of their row, then of their column."""

@@ -17,7 +17,6 @@ def network(f, config=None):
     net.load_state_dict(f.weights())
     return net.eval().requires_grad_(False)
 
-
 # ---- networks
 @pytest.mark.parametrize("name", ["unet_ddpm", "unet_ddpmpp"])
 def test_unet(golden, name):
@@ -39,7 +38,6 @@ def test_unet(golden, name):
     for k, v in features.items():
         f.check(f"gap_{k}", v)
 
-
 @pytest.mark.parametrize("name", ["uvit_uncond", "uvit_class"])
 def test_uvit(golden, name):
     """Every block's tokens, their pooled means and the output; 10 label rows are 9 classes and the null class."""
@@ -60,7 +58,6 @@ def test_uvit(golden, name):
         f.check(theirs, maps[ours])
         f.check(f"gap_{theirs}", features[ours])
 
-
 # ---- formulations
 def test_ddpm(golden):
     f = golden("diffusion_ddpm")
@@ -74,7 +71,6 @@ def test_ddpm(golden):
     features = diffusion.features(net, x0, t, noise)
     for name in net.layers:
         f.check(f"feature_{name}", features[name])
-
 
 def test_ddim(golden):
     f = golden("diffusion_ddim")
@@ -102,7 +98,6 @@ def test_ddim(golden):
     assert times == f.outputs["times_10"].tolist()
     f.check("states_10", torch.stack(states))
 
-
 def test_edm(golden):
     f = golden("diffusion_edm")
     net, diffusion = network(f), T.EDM()
@@ -121,12 +116,10 @@ def test_edm(golden):
     for name in net.layers:
         f.check(f"feature_{name}", features[name])
 
-
 def test_edm_training_noise():
     """ln sigma ~ N(-1.2, 1.2^2), drawn from the generator that is given."""
     sigma = T.EDM().draw_level(100_000, torch.Generator().manual_seed(0)).log()
     assert sigma.mean() == pytest.approx(-1.2, abs=0.02) and sigma.std() == pytest.approx(1.2, abs=0.02)
-
 
 @pytest.mark.slow
 def test_heun(golden):
@@ -143,7 +136,6 @@ def test_heun(golden):
     assert torch.tensor(sigmas).allclose(f.outputs["sigmas_18"].float(), rtol=2e-5)
     for step in f.config["keep_states"]:
         f.check(f"state_18_{step}", states[2 * step])
-
 
 # ---- augmentation
 @pytest.mark.parametrize("name", ["augment_blit", "augment_warp", "augment_gated", "augment_all"])
@@ -164,20 +156,17 @@ def test_augmentation(golden, name):
         # The reference pads a corner of one image of "all" too little, by 2e-5; in float64 ours is the exact one.
         f.check(batch, T.augment(T.to_x0(f.inputs["images_uint8"][:n]), params), want["images"])
 
-
 # ---- contrastive head
 def check_moco(f, kind, rank, found):
     """Loss and gradient of one rank's queries against the keys of this rank (single) or of both (gathered)."""
     for name, value in found.items():
         f.check(f"{name}_{kind}", value, f.outputs[f"{name}_{kind}"][rank])
 
-
 def moco_case(inputs, rank):
     q = inputs["q"][rank].clone().requires_grad_()
     loss = T.moco_loss(q, inputs["k"][rank])
     loss.backward()
     return {"loss": loss.detach(), "grad": q.grad}
-
 
 def batch_norm_case(rows):
     """Output and gradients of those of 8 rows that a rank has; the loss sums over all rows."""
@@ -190,19 +179,16 @@ def batch_norm_case(rows):
     out.pow(3).sum().backward()
     return {"out": out.detach(), "grad": x.grad}
 
-
 def one_of_two_ranks(rank, inputs, file):
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     state = {"moco": moco_case(inputs, rank), "norm": batch_norm_case(slice(4 * rank, 4 * rank + 4))}
     torch.save(state, f"{file}.{rank}")
     torch.distributed.destroy_process_group()
 
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_moco_loss(golden, rank):
     f = golden("moco")
     check_moco(f, "single", rank, moco_case(f.inputs, rank))
-
 
 @pytest.mark.slow
 def test_head_over_ranks(golden, tmp_path):

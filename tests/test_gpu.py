@@ -46,7 +46,6 @@ RUNS = {  # as their user trains them
     "dit": (train_dit, "--size tiny --cond --self-cond --cl 0.01"),
 }
 
-
 @pytest.fixture(autouse=True)
 def setting(monkeypatch):
     """All cores for the CPU's side, compiled code of this test alone; float32 means float32; nothing set is left."""
@@ -61,7 +60,6 @@ def setting(monkeypatch):
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
 
-
 @pytest.fixture
 def few(monkeypatch):
     """256 shapes for every script, a line of metrics per step, no pictures."""
@@ -71,19 +69,16 @@ def few(monkeypatch):
         monkeypatch.setattr(script, "save_grid", lambda *_: None)
     monkeypatch.setitem(train_unet.TINY, "dropout", 0.13)  # through Inductor's random numbers
 
-
 def train(script, out, flags, device=DEVICE):
     """Run a script's main; its lines of metrics."""
     flags = [*flags.split(), "--batch", "8", "--epochs", "4", "--out", str(out), "--device", device.type]
     script.main(script.parse_args(flags))
     return metrics(out)
 
-
 def relative(value, want, least=0.0):
     """Norm of the error over the norm of what is wanted, but at least `least`; NaN is an error."""
     value, want = value.detach().cpu().double(), want.detach().cpu().double()
     return ((value - want).norm() / want.norm().clamp(min=least)).nan_to_num(math.inf).item()
-
 
 # ---- Compiled networks ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", BACKBONES)
@@ -145,23 +140,19 @@ def test_compiled_bf16_agrees_with_float32(name, tmp_path):
             assert error <= max(bound, min(2 * allowed, 0.3)), f"{key}: {error:.3f}, without compile {allowed:.3f}"
     assert relative(found[0]["e_t"], want[0]["e_t"]) < 1e-3  # bf16 cannot tell neighbouring steps apart
 
-
 # ---- Attention kernels ------------------------------------------------------------------------------------
 LENGTHS = range(256, 261)  # 16 x 16 patches of a U-ViT, and time, label, augmentation, [CLS]
-
 
 def softmax_attention(q, k, v, mask=None):
     """The definition, for (B, heads, N, d); mask (N, N) is true where a row looks."""
     logits = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
     return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(3) @ v
 
-
 def cls_mask(n):
     """[CLS] and the augmentation token, of n, do not look at each other."""
     mask = torch.ones(n, n).bool()
     mask[0, 1] = mask[1, 0] = False
     return mask
-
 
 @pytest.mark.parametrize(
     ("n", "heads", "width"),
@@ -190,7 +181,6 @@ def test_attention_of_each_length(n, heads, width, low):
             error = relative(value[..., some], want[..., some])
             assert error < 0.015, (name, mask is None, error)
 
-
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_the_cls_token_and_its_neighbour(n, masked):
@@ -210,7 +200,6 @@ def test_the_cls_token_and_its_neighbour(n, masked):
     pairs = (out, want), (out[:, :2], want[:, :2]), (x.grad, inputs.grad)
     for value, known in (*pairs, (layer.qkv.weight.grad, exact.qkv.weight.grad)):
         assert relative(value, known) < 0.015, relative(value, known)
-
 
 # ---- The loop ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", RUNS)
@@ -240,12 +229,10 @@ def test_only_a_line_of_the_log_waits_for_the_gpu(name, tmp_path, few, monkeypat
     assert steps == list(range(24)) and [line["step"] for line in lines] == [10, 20]
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
-
 def apart(one, other, start):
     """How far apart two runs' weights ended, relative to how far the first has moved."""
     distance, moved = (sum((one[k] - z[k]).double().square().sum() for k in one) for z in (other, start))
     return (distance / moved).sqrt().item()
-
 
 @pytest.mark.parametrize("name", RUNS)
 def test_resume_goes_on_as_if_never_stopped(name, tmp_path, few):
@@ -267,7 +254,6 @@ def test_resume_goes_on_as_if_never_stopped(name, tmp_path, few):
         assert max(noise, off) < 0.3, (part, noise, off)
     assert b["step"] == 12 and [line["step"] for line in metrics(tmp_path / "b")] == [line["step"] for line in whole]
 
-
 def test_fp16_skips_what_overflows(tmp_path, few, monkeypatch):
     """A scale that is too large is halved once for every skipped step, which moves neither weights nor moments."""
     script, flags = RUNS["unet"]
@@ -283,7 +269,6 @@ def test_fp16_skips_what_overflows(tmp_path, few, monkeypatch):
     assert len(norms) == 24 and not norms[0].isfinite() and 2 < len(taken)  # growing back takes 2000 steps
     assert state["scaler"]["scale"] == 2.0 ** (34 - 24 + len(taken))
     assert {p["step"].item() for p in state["optimizer"]["state"].values()} == {len(taken)}
-
 
 ONE_RANK = """
 import sys
@@ -313,7 +298,6 @@ sample.main(sample.parse_args([args.out, "--n", "2", "--steps", "2", "--device",
 print(json.dumps(dict(counters["aot_autograd"])))
 """
 
-
 def test_one_rank_of_nccl(tmp_path, monkeypatch):
     """Under torchrun, with DDP, gathered keys and averaged statistics, a rank alone trains as a process without them,
     and then samples.
@@ -335,7 +319,6 @@ def test_one_rank_of_nccl(tmp_path, monkeypatch):
     train_unet.main(train_unet.parse_args([*flags, "--out", str(tmp_path / "plain")]))
     check_equal_steps(tmp_path / "nccl", tmp_path / "plain", rel=2e-2)
 
-
 # ---- The tools --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -348,7 +331,6 @@ def runs(tmp_path_factory):
             train(script, folder / name, f"{flags} --max-steps 20 --no-compile", torch.device("cpu"))
             patch.undo()
     return {path.name: path for path in folder.iterdir()}
-
 
 @pytest.mark.parametrize("name", RUNS)
 def test_samples_equal_the_cpus(name, runs):
@@ -366,7 +348,6 @@ def test_samples_equal_the_cpus(name, runs):
     torch.set_float32_matmul_precision("high")  # as sample.py sets it
     torch.backends.cudnn.allow_tf32 = True
     assert (draw_images(DEVICE) - want).abs().float().mean() < 0.2
-
 
 @pytest.mark.parametrize("name", ["ddpm", "uvit"])
 def test_features_and_a_cell_of_the_probe_equal_the_cpus(name, runs, few, monkeypatch):
@@ -394,7 +375,6 @@ def test_features_and_a_cell_of_the_probe_equal_the_cpus(name, runs, few, monkey
             assert relative(value[layer], want) < bound, (layer, relative(value[layer], want))
     for kind in "linear", "knn":  # percent of 256 images in 10 classes
         assert cells[0][kind] > 18 and abs(cells[0][kind] - cells[1][kind]) < 2
-
 
 def test_fid_features_equal_the_cpus(tmp_path):
     """The Inception's sums, which TF32 would move by a thousandth and more: fid.py has to switch it off itself."""

@@ -43,7 +43,6 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 Moment = namedtuple("Moment", "call n act rank saved", defaults=("SIGKILL", 0, True))
 STEP, SAVE, RENAME, TEXT = "utils.clip_grad_norm_", "torch.save", "os.replace", "path.write_text"
 
-
 # ---- jobs: in the child
 def prepare(name, saves):
     """The script and its tiny network, shrunk: every second step has a line and, if asked for, a last.pt."""
@@ -55,7 +54,6 @@ def prepare(name, saves):
     if saves:  # as each look at the clock finds it 1000 seconds later
         script.time = SimpleNamespace(time=itertools.count(0, 1000).__next__)
     return script
-
 
 def arm(script, moment):
     """Let the moment come."""
@@ -81,7 +79,6 @@ def arm(script, moment):
 
     setattr(owner, name, armed)
 
-
 def run_rank(rank, name, ranks, port, here, argv, moment, ignored):
     """One rank of a job in the folder `here`, in this process."""
     os.chdir(here)
@@ -96,7 +93,6 @@ def run_rank(rank, name, ranks, port, here, argv, moment, ignored):
         arm(script, moment)
     script.main(script.parse_args(argv))
 
-
 # ---- jobs: in the test
 @pytest.fixture(scope="module")
 def forks():
@@ -108,7 +104,6 @@ def forks():
         context.set_forkserver_preload(["test_kills"])
         forkserver.ensure_running()
     return context
-
 
 def start(forks, here, name, ranks=1, moment=None, extra=None, ignored=None):
     """Type the command, by default with --resume if there is something to resume: the processes."""
@@ -123,7 +118,6 @@ def start(forks, here, name, ranks=1, moment=None, extra=None, ignored=None):
         process.start()
     return job
 
-
 def wait(job):
     """Exit statuses of the ranks; those that outlive a killed one by a second are killed, as by torchrun."""
     running, seconds = job, 300
@@ -135,10 +129,8 @@ def wait(job):
         seconds = 1 if any((process.exitcode or 0) < 0 for process in job) else 300
     return [process.exitcode for process in job]
 
-
 def said(here):
     return "\n".join(path.read_text() for path in sorted(here.glob("said*")))
-
 
 @pytest.fixture(scope="module")
 def unbroken(forks, tmp_path_factory):
@@ -151,7 +143,6 @@ def unbroken(forks, tmp_path_factory):
         return here
 
     return make
-
 
 def check_equal(whole, parts):
     """Two finished runs: the same files, and the same in them."""
@@ -168,12 +159,10 @@ def check_equal(whole, parts):
     assert all(line.pop("img_per_s") > 0 for part in lines for line in part) and starts[0] == starts[1]
     assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(2, 25, 2))
 
-
 def finish(forks, unbroken, here, name, ranks=1):
     """Type the command once more: it ends, as an unbroken run."""
     assert wait(start(forks, here, name, ranks)) == [0] * ranks, said(here)
     check_equal(unbroken(name, ranks), here)
-
 
 # ---- ranks
 def test_two_ranks_equal_one(forks, tmp_path, monkeypatch):
@@ -188,7 +177,6 @@ def test_two_ranks_equal_one(forks, tmp_path, monkeypatch):
     check_equal_steps(tmp_path / "1/run", tmp_path / "2/run", rel=3e-5)
     monkeypatch.setitem(train_unet.BACKBONES["tiny"], "mult", (1, 1, 1))
     assert distance(train_unet, tmp_path / "1/run", tmp_path / "2/run") < 5e-3
-
 
 # ---- kills
 KILLS = {  # a run is killed several times, the ranks of two are also killed one by one
@@ -212,7 +200,6 @@ KILLS = {  # a run is killed several times, the ranks of two are also killed one
     ]),
 }  # fmt: skip
 
-
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_ends_as_an_unbroken_one(name, forks, unbroken, tmp_path):
     ranks, moments = KILLS[name]
@@ -222,7 +209,6 @@ def test_a_killed_run_ends_as_an_unbroken_one(name, forks, unbroken, tmp_path):
         assert (tmp_path / "run/last.pt").exists() == moment.saved, moment
         assert [*tmp_path.glob("run/*.tmp")] or moment.call not in (SAVE, RENAME)  # the next start clears them
     finish(forks, unbroken, tmp_path, name, ranks)
-
 
 # ---- signals
 @pytest.mark.parametrize(("name", "ranks", "ways"), [("uvit", 1, SIGNALS), ("dit", 2, SIGNALS[:1])])
@@ -235,11 +221,9 @@ def test_a_stopped_run_saves_its_step_and_goes_on(name, ranks, ways, forks, unbr
         assert said(tmp_path).count("add --resume") == i
     finish(forks, unbroken, tmp_path, name, ranks)
 
-
 def test_a_sighup_that_is_ignored_as_by_nohup_stops_nothing(forks, unbroken, tmp_path):
     assert wait(start(forks, tmp_path, "uvit", 1, Moment(STEP, 5, "SIGHUP"), ignored="SIGHUP")) == [0], said(tmp_path)
     check_equal(unbroken("uvit", 1), tmp_path)
-
 
 # ---- two jobs in one folder
 @pytest.mark.parametrize(("step", "extra", "ends"), [(1, [], [2, 0]), (5, ["--resume"], [2, 0]), (5, [], [0, 2])])
@@ -258,7 +242,6 @@ def test_of_two_jobs_in_one_folder_one_trains_to_the_end(step, extra, ends, fork
     says = "another job has been started in run" if ends[0] else "run already holds a run: add --resume"
     assert len(errors) == 1 and says in errors[0] and "Traceback" not in said(tmp_path)
     check_equal(unbroken("uvit", 1), tmp_path)
-
 
 # ---- torchrun
 def test_torchrun_passes_sigterm_on_and_the_run_resumes(tmp_path):

@@ -14,10 +14,8 @@ import train_uvit as V
 def unet(**kw):
     return T.UNet(16, **T.BACKBONES["tiny"], **kw)
 
-
 def uvit(**kw):
     return V.UViT(8, 2, 32, 5, 2, **kw)
-
 
 NETWORKS = {  # a network, and how many of its blocks the teacher runs, of how many
     "unet": (lambda: unet(aug_dim=9, layer="out_3", self_cond="adaptive"), 12, 16),
@@ -27,7 +25,6 @@ NETWORKS = {  # a network, and how many of its blocks the teacher runs, of how m
 }
 all_networks = pytest.mark.parametrize("name", NETWORKS)
 
-
 def shaken(net):
     """The network with every weight moved off its initial value, zeros included."""
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +32,6 @@ def shaken(net):
         for p in net.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
     return net
-
 
 def case(name):
     """The network, its input (x, t), what else it is told, and its blocks in their order."""
@@ -46,7 +42,6 @@ def case(name):
     if name == "unet":
         return net, given, told, [*net.down, *net.middle.values(), *net.up]
     return net, given, told, net.blocks if name == "dit" else [*net.in_blocks, net.mid_block, *net.out_blocks]
-
 
 # ---- all networks
 @all_networks
@@ -65,7 +60,6 @@ def test_one_pass_and_the_teacher_stops_at_the_layer(name):
     assert len(calls) == some and only_feat.equal(feat) and only_e_t.equal(e_t)
     assert net(*given, **told).equal(out)
 
-
 @all_networks
 def test_tools_see_the_feature_that_is_trained(name):
     net, given, _, _ = case(name)
@@ -73,14 +67,12 @@ def test_tools_see_the_feature_that_is_trained(name):
     feat, _ = net.encode(*given)
     assert torch.allclose(net.features(*given, pool=pool)[net.layer], feat, atol=2e-5)
 
-
 @all_networks
 def test_every_parameter_takes_part_in_a_pass(name):
     """DDP asks for that."""
     net, given, told, _ = case(name)
     net(*given, **told).square().mean().backward()
     assert [k for k, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
-
 
 @pytest.mark.parametrize("name", ["unet", "uvit", "uvit-cls"])
 def test_augmentation_label(name):
@@ -90,7 +82,6 @@ def test_augmentation_label(name):
     assert torch.allclose(net(*given), net(*given, aug=zeros), atol=2e-5)
     assert not torch.allclose(net(*given), net(*given, aug=ones), atol=1e-3)
     assert net.encode(*given)[1].equal(net.encode(*given, aug=ones)[1])
-
 
 @all_networks
 def test_autocast_on_a_cpu(name, monkeypatch):
@@ -112,10 +103,8 @@ def test_autocast_on_a_cpu(name, monkeypatch):
     assert F.cosine_similarity(feat, exact).min() > 0.999
     assert (out.float() - want).abs().max() < 0.05 * want.abs().max()
 
-
 T1, AUG, Y = torch.zeros(1), torch.zeros(1, 9), torch.zeros(1, dtype=torch.long)
 X16, X8 = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8)
-
 
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: unet()(X8, T1), "x must be"),
@@ -140,7 +129,6 @@ def test_networks_refuse_what_they_cannot_take(call, says):
     with pytest.raises(ValueError, match=says):
         call()
 
-
 # ---- self-conditioning
 @pytest.mark.parametrize("kind", ["adaptive", "add"])
 def test_self_conditioning_starts_as_the_baseline(kind):
@@ -155,7 +143,6 @@ def test_self_conditioning_starts_as_the_baseline(kind):
     for name, p in base.named_parameters():
         assert torch.allclose(p.grad, plus.get_parameter(name).grad, rtol=0, atol=2e-5 * largest), name
 
-
 @pytest.mark.parametrize("kind", ["adaptive", "add"])
 def test_what_self_conditioning_adds(kind):
     """add: MLP(feat); adaptive: that, scaled by s(SiLU(e_t)), where s starts around 1."""
@@ -168,7 +155,6 @@ def test_what_self_conditioning_adds(kind):
         want = want * (e_t * torch.sigmoid(e_t) @ module.scale.weight.T + module.scale.bias)
     assert torch.allclose(module(e, e_t, feat) - e, want, atol=2e-5)
 
-
 @pytest.mark.parametrize("kind", ["adaptive", "add"])
 def test_gradients_reach_the_encoder_through_the_condition(kind):
     """The output depends on the pooled feature itself, and that on the encoder: nothing is detached."""
@@ -178,7 +164,6 @@ def test_gradients_reach_the_encoder_through_the_condition(kind):
     (first,) = torch.autograd.grad(feat, net.image_proj.weight, through)
     assert through.abs().max() > 0 and first.abs().max() > 0
 
-
 def test_only_the_decoder_sees_the_condition():
     """Changing the condition leaves every layer up to --layer alone and changes every later one."""
     net, x, t = shaken(unet(layer="out_2", self_cond="add")), torch.randn(4, 3, 16, 16), torch.rand(4)
@@ -187,7 +172,6 @@ def test_only_the_decoder_sees_the_condition():
         net.self_cond.mlp[2].bias.add_(1)
     after = net.features(x, t)
     assert [k for k in before if not before[k].equal(after[k])] == ["out_3", "out_4", "out_5", "out_6"]
-
 
 # ---- sizes
 @pytest.mark.parametrize(("script", "flags", "count"), [
@@ -208,7 +192,6 @@ def test_full_size_parameter_counts(script, flags, count):
         net, _ = script.build(args)
     assert sum(p.numel() for p in net.parameters()) == count
 
-
 @pytest.mark.parametrize("resolution", [16, 32, 64])
 @pytest.mark.parametrize("backbone", T.BACKBONES)
 def test_unets_attend_at_16_pixels_and_in_the_middle(backbone, resolution):
@@ -221,7 +204,6 @@ def test_unets_attend_at_16_pixels_and_in_the_middle(backbone, resolution):
     assert len(found) == levels * (2 * blocks + 1)
     assert all((kind is T.Attention) == (side == 16) for side, kind in found)
     assert 16 in {side for side, _ in found} and type(net.middle["attn"]) is T.Attention
-
 
 # ---- formulations
 def test_rk45_follows_the_exact_flow():
@@ -237,7 +219,6 @@ def test_rk45_follows_the_exact_flow():
     assert (T.RF().sample(velocity, noise) - s * noise).abs().max() < 1e-4
     assert 20 < len(calls) < 400
 
-
 @pytest.mark.parametrize("good", [0, 5])
 def test_rk45_ends_where_the_network_returns_nan(good):
     """From the first evaluation on, or midway: it says so, and does not search for a step size for ever."""
@@ -250,7 +231,6 @@ def test_rk45_ends_where_the_network_returns_nan(good):
     with pytest.raises(FloatingPointError, match="the network gave NaN"):
         T.RF().sample(net, torch.ones(1, 3, 2, 2))
     assert len(calls) < 100
-
 
 @pytest.mark.parametrize(("diffusion", "good", "bad", "says"), [
     (T.DDPM(1e-3), (0, 66, 1000), (-1, 1001, math.nan, 0.06), "whole steps from 0 to 1000"),
@@ -270,7 +250,6 @@ def test_noise_levels(diffusion, good, bad, says):
     with pytest.raises(ValueError, match="shape"):
         diffusion.add_noise(x0, torch.full((3,), good[0]), noise)
 
-
 def test_rf_target_is_the_velocity():
     x0, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
 
@@ -279,7 +258,6 @@ def test_rf_target_is_the_velocity():
 
     loss, unweighted, pair = T.RF().loss(truth, x0, torch.rand(4), noise)
     assert loss == unweighted == 0 and pair == ("feat", "e_t")
-
 
 # ---- contrastive head
 def test_time_dependent_head_starts_as_mocos():
@@ -290,7 +268,6 @@ def test_time_dependent_head_starts_as_mocos():
     assert torch.allclose(timed(feat, e_t), plain(feat, e_t), atol=2e-5)
     shaken(timed)
     assert not torch.allclose(timed.projector(feat, e_t), timed.projector(feat, -e_t), atol=1e-2)
-
 
 def test_batch_norm_is_torchs():
     x = torch.randn(8, 16) + 3

@@ -44,17 +44,14 @@ def folder(tmp_path_factory):
     make_checkpoint(root / "cls" / "last.pt", train_uvit, *flags, "--size", "tiny", "--cls-token", shake=0.1)
     return root
 
-
 def call(*argv):
     """The command in this process, on the CPU and quickly."""
     return run(probe, "--amp", "off", "--batch", 30, "--epochs", 2, *argv)
-
 
 def is_png(path):
     image = Image.open(path)
     image.load()
     return image.format == "PNG" and min(image.size) > 100
-
 
 # ---- Protocol --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("trained", "diffusion", "want"), [
@@ -80,13 +77,11 @@ def test_the_protocol_is_that_of_tab_11(trained, diffusion, want):
     assert len(defaults("--loss").t) >= 10
     assert defaults("--dataset", "cifar10").epochs == 15 and defaults("--dataset", "stl10").epochs == 30
 
-
 @pytest.mark.parametrize(("fast", "want"), [(False, "off"), (True, "bf16")])
 def test_amp_auto_is_that_of_training(folder, monkeypatch, fast, want):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
     (result,) = call(folder / "A/epoch_1.pt", "--amp", "auto", "--epochs", 1, "--subset", 20)
     assert result["protocol"]["amp"] == want
-
 
 def test_features_are_standardised_as_by_batchnorm(folder, monkeypatch):
     """Over the training split, by the small number that torch adds to the variance."""
@@ -97,7 +92,6 @@ def test_features_are_standardised_as_by_batchnorm(folder, monkeypatch):
     feat = train_unet.to_x0(given[-1][1].images).flatten(1)
     want = nn.BatchNorm1d(feat.shape[1], affine=False)(feat)
     assert len(feat) == 80 and torch.allclose((feat - mean) / std, want, atol=2e-4)
-
 
 @pytest.mark.parametrize("script", [train_unet, train_uvit, train_dit])
 def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
@@ -120,7 +114,6 @@ def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
         assert torch.equal(feat, torch.cat([whole[name] for name in layers], 1)) and whole[first].std() > 1e-3
         counts.append(len(ran))
     assert 0 < counts[0] < counts[1] - 3
-
 
 # ---- What is printed and written -------------------------------------------------------------------------------------
 @pytest.mark.slow
@@ -147,7 +140,6 @@ def test_grid_writes_table_json_and_picture(folder, tmp_path, figures, capsys):
     (alone,) = call(paths[0], "--layer", "out_4", "--t", 66, "--cache")[0]["cells"]
     assert alone in cells, "a cell depends on the rest of the grid"
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "pool", "layer"), [("A/epoch_1.pt", "gap", "out_2"), ("cls", "cls", "mid")])
 def test_features_of_both_splits(folder, tmp_path, name, pool, layer):
@@ -160,13 +152,11 @@ def test_features_of_both_splits(folder, tmp_path, name, pool, layer):
         assert np.allclose(stored[split], want, atol=FLOAT32) and stored[split].dtype == np.float32
         assert np.array_equal(stored[f"{split}_labels"], labels)
 
-
 def test_another_data_set(folder, tmp_path):
     """Three classes, at 32 pixels: the network sees 16. Fewer training images than neighbours that would vote."""
     make_folder(tmp_path, "other", classes="abc", n=5, size=(32, 32))
     (result,) = call(folder / "A/epoch_1.pt", "--dataset", "other", "--data", tmp_path, "--batchnorm")
     assert result["dataset"] == "other" and result["protocol"]["images"] == "15 train, 15 test, 3 classes"
-
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
@@ -204,14 +194,12 @@ def test_mistakes_end_with_one_line_before_the_work(folder, capsys, monkeypatch,
     assert message in refused(capsys, call, *f"{{}}/{argv}".format(*9 * [folder]).split())
     assert [*folder.iterdir(), *(folder / "A").iterdir()] == before, "an empty file is left"
 
-
 LOG = '{"step": 0, "args": {"batch": 8, "dataset": "mini"}}\n{"step": 9, "loss_unweighted": 1.5}\n'
 DAMAGED_LOGS = [None, LOG[:60], LOG.replace("unweighted", "diffusion"), LOG.replace("8", '"many"'),
                 LOG.replace("{", "[").replace("}", "]}"), "\0\xff" * 99]  # fmt: skip
 ROW = '{"results": [{"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini", "fid": 2, "cells": [{"linear": 1}]}]}'
 DAMAGED_RESULTS = [None, "[1, 2", "[]", '{"results": [7]}', ROW.replace("checkpoint", "file"), ROW,
                    ROW.replace("2", "{}"), ROW.replace('"epoch": 1', '"epoch": "last"')]  # fmt: skip
-
 
 @pytest.mark.parametrize(("name", "text"), [*(("metrics.jsonl", text) for text in DAMAGED_LOGS),
                                             *(("a.json", text) for text in DAMAGED_RESULTS)])
@@ -223,11 +211,9 @@ def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, name, t
     assert re.match(rf"error: {tmp_path / name}: missing, damaged,? (or )?empty", error), error
     assert [path.name for path in tmp_path.iterdir()] == [name] * (text is not None)
 
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
 def test_a_full_disk_is_told_in_one_line(folder, capsys):
     assert "No space left" in refused(capsys, call, folder / "A/epoch_1.pt", "--json", "/dev/full")
-
 
 # ---- Held-out loss ---------------------------------------------------------------------------------------------------
 class RF(nn.Module):
@@ -244,7 +230,6 @@ class RF(nn.Module):
             self.seen[net][image.numpy().tobytes(), s] = noise[row]
         loss = (x0 + noise).mean() + level.mean() - net * (0.01 + 0.001 * x0[:, 0, 0, 0].mean())
         return torch.nan * loss, loss, None  # held out is the unweighted one, the second
-
 
 def test_heldout_loss_is_the_mean_over_images_and_pairs_two_runs(monkeypatch):
     """2 500 images in 100 blocks. Noise hangs on image and level alone; a difference shows what single errors hide."""
@@ -270,7 +255,6 @@ def test_heldout_loss_is_the_mean_over_images_and_pairs_two_runs(monkeypatch):
         assert b["difference_se"][row] < 0.03 * b["loss_se"][row]
     assert a["n_images"] == 2500 and np.shape(a["blocks"]) == (2, 100)
 
-
 def test_heldout_loss_of_a_network_by_hand(folder, tmp_path):
     """eps prediction at one step on 24 images: noised, run and compared without the formulation's own code."""
     paths, file = [folder / f"A/epoch_{epoch}.pt" for epoch in (1, 2)], tmp_path / "l.json"
@@ -287,7 +271,6 @@ def test_heldout_loss_of_a_network_by_hand(folder, tmp_path):
         assert result["loss_se"][0] > 0, "two blocks are the least"
     assert json.loads(file.read_text())["checkpoints"] == results and is_png(tmp_path / "l.png")
 
-
 def test_edms_uncertainty_stays_out_of_the_heldout_loss(folder):
     """At raw output 0 the denoised image is c_skip x_t, so that the loss has a closed form, whatever u(sigma) is."""
     model = probe.load_checkpoint(folder / "edm.pt")
@@ -298,7 +281,6 @@ def test_edms_uncertainty_stays_out_of_the_heldout_loss(folder):
     assert result["loss"][0] == pytest.approx(1, abs=0.02)  # almost clean: c_skip x_t - x0 is the noise
     assert result["loss"][1] == pytest.approx(0.5 * (x0.square().mean().item() / 0.25 + 1), rel=0.02)
 
-
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def figures(monkeypatch):
@@ -308,16 +290,13 @@ def figures(monkeypatch):
                                                                                save(self, *args, **kwargs)))
     return kept
 
-
 def lines_of(axes):
     """{name: (x, y)} of the lines of a panel."""
     return {name: [np.array(values).tolist() for values in line.get_data()]
             for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
 
-
 def texts(labels):
     return [" ".join(label.get_text().split()) for label in labels]
-
 
 @pytest.mark.slow
 def test_layer_epoch_maps_run_beside_run(folder, figures):
@@ -337,7 +316,6 @@ def test_layer_epoch_maps_run_beside_run(folder, figures):
         assert texts(axes.get_yticklabels()) == results[0]["layers"]
         assert texts(axes.texts) == [f"{value:.1f}" for value in np.transpose(want).flatten()]
 
-
 @pytest.mark.slow
 def test_several_poolings_with_and_without_cls(folder, tmp_path, figures, capsys):
     argv = folder / "plain", folder / "cls", "--grid", "--pool", "gap", "token", "cls"
@@ -352,7 +330,6 @@ def test_several_poolings_with_and_without_cls(folder, tmp_path, figures, capsys
             cell["linear"] for cell in result["cells"] if cell["pool"] == pool]] for pool in result["pools"]}
     (alone,) = call(folder / "cls", "--layer", "mid", "--pool", "cls", "--subset", 30)[0]["cells"]
     assert alone in results[1]["cells"]
-
 
 def test_fid_against_accuracy(tmp_path, figures, capsys):
     """Two runs, files of different order, a checkpoint that only one of the tools has seen."""
@@ -378,7 +355,6 @@ def test_fid_against_accuracy(tmp_path, figures, capsys):
     (tmp_path / "f.json").write_text(json.dumps({"results": results[3:]}))
     assert "no checkpoint has both" in refused(capsys, call, *argv)
 
-
 def log_of(folder, steps, batch, loss_of, model="edm", dataset="mini"):
     """Write the metrics.jsonl of a run that goes on: a resume in its middle, its last line half written.
 
@@ -392,7 +368,6 @@ def log_of(folder, steps, batch, loss_of, model="edm", dataset="mini"):
             lines.append({"step": step, "args": flags})
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + f'\n{{"step": {steps + 10}, "lo')
-
 
 def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
     """A running mean leaves a straight line as it is. A jump after as many images is as steep in a short run of small
@@ -414,7 +389,6 @@ def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
     assert figures[1].get_suptitle() == "mini and other" and "mean over 800 images" in two.get_ylabel()
     assert "differ in formulation" in refused(capsys, call, tmp_path / "short", tmp_path / "rf", "--curves")
 
-
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
 def probe_as_rank(rank, port, out, argv):
     """Blocks are so small that both ranks have some. Saves the heads of the last level. port: None if alone."""
@@ -425,7 +399,6 @@ def probe_as_rank(rank, port, out, argv):
     train_heads, probe.NOISE_BLOCK = probe.train_heads, 16
     probe.train_heads = lambda *a: torch.save((heads := train_heads(*a)).state_dict(), f"{out}_{rank}.pt") or heads
     call(*argv, "--json", f"{out}.json", "--features", f"{out}.npz")
-
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(folder, tmp_path, monkeypatch):

@@ -38,7 +38,6 @@ UVIT = (train_uvit, "--size", "tiny", "--cls-token", "--cond", "--aug", "0.12", 
 UNET = (train_unet, "--backbone", "tiny", "--self-cond", "--layer", "out_3", "--model", "edm")
 DIT = (train_dit, "--size", "tiny", "--patch", "2", "--self-cond", "--layer", "2", "--cl-t", "0.3")
 
-
 # ---- The adapter: names of the tools' insides ------------------------------------------------------------------------
 class TinyInception(nn.Module):
     """A stand-in for fid.Inception: means of the image's quarters make 8 features, all others are 0, and the logits."""
@@ -60,17 +59,14 @@ class TinyInception(nn.Module):
         feat = torch.tanh(F.adaptive_avg_pool2d(x, 2).flatten(1) @ self.maps[0])
         return feat, (feat @ self.maps[1]).double()
 
-
 def heads_of(opt):
     """A copy of what probe.py trains: the layers' weights one below the other (D, K), and their biases (L, K)."""
     return [plain(p) for p in opt.param_groups[0]["params"]]
-
 
 def cells_of(path):
     """The cells {layer, level, linear, knn} of the only checkpoint in probe.py's JSON file; level None: pixels."""
     (checkpoint,) = json.loads(path.read_text())["checkpoints"]
     return checkpoint["cells"]
-
 
 # ---- Data and checkpoints --------------------------------------------------------------------------------------------
 def write_data(root, darker=1.0):
@@ -89,7 +85,6 @@ def write_data(root, darker=1.0):
                 train += [image] if split == "train" else []
     return torch.arange(3 * TEST) // TEST, np.stack(train)
 
-
 def write_checkpoint(path, data, script, *flags, **changes):
     """An untrained network as a run would leave it; gain=0 makes its features constant. Trained weights differ."""
     flags = "--dataset", "blocks", "--data", data, "--resolution", 16, *flags
@@ -99,10 +94,8 @@ def write_checkpoint(path, data, script, *flags, **changes):
     torch.save(state, path)
     return path
 
-
 def fingerprint(weights):
     return sum(float((i + 1) * w.double().sum()) for i, w in enumerate(weights.values()))
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -114,13 +107,11 @@ def world(tmp_path_factory):
              for name, flags in (("uvit", UVIT), ("unet", UNET), ("dit", DIT))}
     return SimpleNamespace(root=root, truth=truth, train=train, others=others, **paths)
 
-
 # ---- The watch -------------------------------------------------------------------------------------------------------
 def plain(value):
     """A copy that autograd may use, though it was made in inference mode."""
     with torch.inference_mode(False):
         return torch.from_numpy(value.detach().float().numpy().copy())
-
 
 class Watch:
     """Records, in order: forwards of the network, reads of features, samples, optimiser steps."""
@@ -200,7 +191,6 @@ class Watch:
         x0 = torch.cat([s.x0 for s in self.samples]).permute(0, 2, 3, 1).double().numpy()
         return np.clip(np.rint((x0 + 1) * 127.5), 0, 255).astype(np.uint8)
 
-
 @pytest.fixture
 def watch(monkeypatch):
     """A Watch. There are several blocks of images where there would be one; the Inception has 8 features."""
@@ -214,7 +204,6 @@ def watch(monkeypatch):
     yield watch
     watch.stop()
 
-
 def who(x0):
     """Images (B, 3, 16, 16) in [-1, 1] -> number (B,), whether of the test split (B,), whether mirrored (B,)."""
     raw = ((x0 + 1) * 127.5).round().long()
@@ -222,7 +211,6 @@ def who(x0):
     assert (flip != (raw[:, 0, 0, 0] == 254)).all()  # one mark in every image, so nothing was cropped
     mark = torch.where(flip[:, None], raw[:, :, 0, 15], raw[:, :, 0, 0])
     return mark[:, 1], mark[:, 2] == 150, flip
-
 
 # ---- probe.py --------------------------------------------------------------------------------------------------------
 def replay(watch, lr, layers, standardise):
@@ -245,7 +233,6 @@ def replay(watch, lr, layers, standardise):
         assert torch.allclose(torch.stack([head.bias for head in heads]), done.end[1], atol=1e-4), step
     return heads
 
-
 def still_features(watch, layer, split=True):
     """Features that were read without training on them, row i of image i: of the test or the training split."""
     rows = {}
@@ -256,7 +243,6 @@ def still_features(watch, layer, split=True):
                 rows[int(i)] = feat
     assert sorted(rows) == list(range(3 * (TEST if split else TRAIN)))
     return torch.stack([rows[i] for i in sorted(rows)])
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers", "level", "epochs", "flags"), [
@@ -313,7 +299,6 @@ def test_probe_replayed(world, watch, capsys, tmp_path, name, layers, level, epo
     *lines, last = capsys.readouterr().out.splitlines()
     assert last == said and (len(cells) > 1 or not [line for line in lines if line.startswith("top-1")])
 
-
 def knn(bank, bank_labels, queries, labels):
     """Top-1 in percent of the vote of the 20 nearest by cosine, weights exp(similarity / 0.07)."""
     hits, bank = 0, bank.double().numpy()
@@ -323,7 +308,6 @@ def knn(bank, bank_labels, queries, labels):
         votes = [np.exp(near[first][bank_labels[first] == c] / 0.07).sum() for c in range(3)]
         hits += np.argmax(votes) == label
     return 100 * hits / len(queries)
-
 
 def test_cached_probe_and_pixels(world, watch, capsys, tmp_path):
     """With --cache every training image is read twice, once mirrored. Raw pixels, told beside: 75 %."""
@@ -349,7 +333,6 @@ def test_cached_probe_and_pixels(world, watch, capsys, tmp_path):
     number = f"({best['layer']}, t=600), kNN {best['knn']:.2f} %"
     assert capsys.readouterr().out.splitlines()[-1].endswith(number)
 
-
 def test_random_tokens_are_drawn_anew(world, watch, monkeypatch):
     """The last 64 tokens of a block's output are the image's."""
     outputs, forward, places = [], train_uvit.UViTBlock.forward, set()
@@ -362,7 +345,6 @@ def test_random_tokens_are_drawn_anew(world, watch, monkeypatch):
         assert gap.max() < 5e-5
         places |= set(place.tolist())
     assert len(places) > 40
-
 
 @pytest.mark.slow
 def test_best_of_several_checkpoints(world, watch, capsys, tmp_path):
@@ -380,7 +362,6 @@ def test_best_of_several_checkpoints(world, watch, capsys, tmp_path):
     assert last.startswith(f"top-1 {found[1]:.2f} % +- ") and last.endswith(" (out_2, t=11)")
     assert (result["top1"], result["epoch"]) == (found[1], 1000)
 
-
 @pytest.mark.parametrize("script", [train_unet, train_uvit, train_dit])
 def test_no_test_image_of_shapes_is_a_training_image(script, monkeypatch):
     """A tenth of the images will do: another number of them with the same seed would be others, so seeds are seen."""
@@ -388,7 +369,6 @@ def test_no_test_image_of_shapes_is_a_training_image(script, monkeypatch):
     monkeypatch.setattr(script, "draw_shapes", lambda n, seed, side: seeds.append(seed) or draw(n // 10, seed, side))
     train, test = ({i.numpy().tobytes() for i in script.load_data(args, split)[0]} for split in ("train", "test"))
     assert len(test) > 100 and len(train) > 500 and not train & test and len(set(seeds)) == 2
-
 
 # ---- fid.py ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -408,13 +388,11 @@ def scores(images, train, inception):
     each = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in parts]
     return ((mean - mean_t) ** 2).sum() + np.trace(cov + cov_t - 2 * root), np.mean(each), np.std(each)
 
-
 def looked_at(inception):
     """The marked images that the Inception saw since the last call: (number, of the test split)."""
     corner = torch.cat(inception.seen).add(1).mul(127.5).round().long()
     inception.seen.clear()
     return sorted((g, b == 150) for r, g, b in corner.tolist() if r == 254 and b in (100, 150))
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["uvit", "dit"])
@@ -464,7 +442,6 @@ def test_fid_replayed(world, watch, capsys, tmp_path, name):
     run(sample, paths[0], "--n", 40, "--steps", 2, "--out", tmp_path / "drawn.npz")
     score(world.train, tmp_path / "drawn.npz", "--ref", tmp_path / "train.npz", "--n", n, images=again)
 
-
 @pytest.mark.slow
 def test_fid_labels_at_random(world, watch):
     """Image i's class depends on (seed, i) only, is not i's remainder, and every class comes up."""
@@ -475,7 +452,6 @@ def test_fid_labels_at_random(world, watch):
         drawn.append(torch.cat([s.y for s in watch.samples]).tolist())
     assert set(drawn[0]) == {0, 1, 2} and drawn[0][:20] == drawn[1] and drawn[0] != drawn[2]
     assert sum(c == i % 3 for i, c in enumerate(drawn[0])) < 25
-
 
 # ---- sample.py -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["uvit", "dit"])
@@ -498,7 +474,6 @@ def test_images_are_the_ema_networks(world, watch, tmp_path, name):
     images = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "png").iterdir())]
     whole = np.load(tmp_path / "40_0.npz")["arr_0"][:20]
     assert np.abs(np.stack(images) - whole.astype(int)).max() <= 1
-
 
 @pytest.mark.parametrize("tool", [sample, fid, probe])
 def test_nan_is_refused(world, watch, capsys, tmp_path, tool):

@@ -28,10 +28,8 @@ def spy(patch, owner, name, note):
 
     patch.setattr(owner, name, told)
 
-
 # ---- Ranks, signals, timed saves
 UNET = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8", "--epochs", "200", "--device", "cpu"]
-
 
 def run_jobs(rank, world, here, jobs, dropout, wait):
     """One rank's share of jobs, (folder, flags, the rank that is told to stop in its third step or None).
@@ -53,7 +51,6 @@ def run_jobs(rank, world, here, jobs, dropout, wait):
             seen = run_job([*UNET, "--out", f"{here}/{folder}", *flags], told == rank)
             torch.save(seen, f"{here}/{number}.{rank}")
             wait()
-
 
 def run_job(flags, told):
     """Exit status, gradients of the first step, and a checksum of each dropout mask."""
@@ -82,12 +79,10 @@ def run_job(flags, told):
         hook.remove()
     return seen
 
-
 def spawn(here, jobs, dropout):
     """Two ranks do all jobs."""
     barrier = torch.multiprocessing.get_context("spawn").Barrier(2)
     torch.multiprocessing.spawn(run_jobs, (2, here, jobs, dropout, barrier.wait), nprocs=2)
-
 
 @pytest.mark.slow
 def test_two_ranks_with_accumulation_equal_one_process(tmp_path, monkeypatch):
@@ -107,7 +102,6 @@ def test_two_ranks_with_accumulation_equal_one_process(tmp_path, monkeypatch):
             assert b.equal(c) and (a - b).abs().max() <= 1e-4 * max(a.abs().max(), 1e-2)
         check_equal_steps(tmp_path / "one" / folder, tmp_path / folder, rel=1e-4)
         assert distance(train_unet, tmp_path / "one" / folder, tmp_path / folder) < 5e-3
-
 
 @pytest.mark.slow
 def test_ranks_drop_out_apart_stop_together_and_go_on(tmp_path):
@@ -130,9 +124,7 @@ def test_ranks_drop_out_apart_stop_together_and_go_on(tmp_path):
         whole, parts = tmp_path / "whole", tmp_path / f"told{told}"
         check_resumed(whole, parts, metrics(whole), metrics(parts))
 
-
 SECONDS = {1: 59, 2: 61, 3: 960, 4: 962, 5: 1861, 6: 1863, 7: 1864}  # a minute, then twice 15 minutes and a bit
-
 
 @pytest.mark.slow
 def test_a_run_is_saved_after_a_minute_and_every_quarter_of_an_hour(tmp_path, monkeypatch, fewer_shapes):

@@ -25,7 +25,6 @@ DIT = {  # [P] Tab. 10, 11: (data set, class-conditional) -> layer, epochs
 }  # fmt: skip
 TEXT = (ROOT / "README.md").read_text().replace("\\\n", " ")  # a command's lines as one
 
-
 def recipes():
     """(script, flags, numbers of the paper) of every filled cell of the README's recipe tables."""
     found, head = [], None
@@ -43,10 +42,8 @@ def recipes():
                     found.append((script, f"{common} {flags} {extra}".split(), numbers))
     return found
 
-
 def ids(value):
     return " ".join(value) if isinstance(value, list) else None
-
 
 @pytest.mark.parametrize(("script", "flags", "numbers"), recipes(), ids=ids)
 def test_recipe_is_the_papers_run(script, flags, numbers, tmp_path):
@@ -74,23 +71,19 @@ def test_recipe_is_the_papers_run(script, flags, numbers, tmp_path):
     assert args.cl == contrast
     assert script == "train_dit" or args.aug == (0.12 if contrast or "--aug" in flags else 0)
 
-
 def test_all_rows_are_there():
     """28 rows of CIFAR with UNets and U-ViT, their A and C, 64 pixels, latents, ablations (a) to (d)."""
     scripts = [script for script, *_ in recipes()]
     count = {name: scripts.count(name) for name in sorted(set(scripts))}
     assert count == {"train_unet": 14 * 2 + 14 + 9 + 7, "train_uvit": 14, "train_dit": 8}
 
-
 INLINE = re.findall(r"`((?:sample|probe|fid)\.py\s[^`]+)`", TEXT)
 BLOCKS = re.findall(r"((?:sample|probe|fid)\.py [^&#\n]+)", "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)))
-
 
 @pytest.mark.parametrize("command", [*INLINE, *BLOCKS])
 def test_tools_commands_parse(command):
     script, *flags = re.sub(r"\{[\d,]+\}", "0800", command).split()
     importlib.import_module(script.removesuffix(".py")).parse_args([flag for flag in flags if flag != "..."])
-
 
 def test_study_is_what_its_runs_say():
     """The table of tests/study.py; its interval by hand: t of 2 degrees of freedom is 4.303."""
@@ -99,10 +92,8 @@ def test_study_is_what_its_runs_say():
     found = {(run["part"], run["variant"], run["seed"]): run for run in study.RUNS}
     assert len(found) == len(study.RUNS) and all(f"--seed {seed}" in run["train"] for (*_, seed), run in found.items())
 
-
 CLAIMS = re.findall(r"\| `(train_\w+)\.py`, `[\w.]+` \| `([^`]+)` \| `([^`]+)` \|", TEXT)
 UVIT = ["--size", "tiny", "--cls-token", "--aug", "0.5"]
-
 
 @pytest.mark.parametrize(("script", "before", "after"), CLAIMS, ids=[after for *_, after in CLAIMS])
 def test_claim_that_a_changed_line_tries(script, before, after, tmp_path, monkeypatch):
@@ -131,7 +122,6 @@ def test_claim_that_a_changed_line_tries(script, before, after, tmp_path, monkey
         module.main(module.parse_args([*flags, "--batch", "8", "--max-steps", "3", "--out", str(out)]))
         ends.append(load(out)["model"])
     assert ends[0].keys() == ends[1].keys() and any(not ends[0][k].equal(ends[1][k]) for k in ends[0])
-
 
 def test_all_claims_are_there():
     assert [script for script, *_ in CLAIMS] == ["train_uvit"] * 3 + ["train_unet", "train_dit"]

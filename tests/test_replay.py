@@ -36,7 +36,6 @@ CASES = {  # script, flags; the teacher's level, never the default; gamma, in on
     "dit-latents": (train_dit, ["--size", "tiny", "--self-cond", "--cond", "--cache-latents"], 0.3, 0.3),
 }
 
-
 # ---- The adapter: all that knows the scripts from inside
 def run(script, patch, *flags):
     """A run with what has no flag: every step is logged, lr warms up in 3 steps, dropout acts."""
@@ -47,7 +46,6 @@ def run(script, patch, *flags):
         args.dropout = 0.2
     script.main(args)
     return args
-
 
 class Watch:
     """A run and what was seen of it: steps[k] holds the calls of one optimiser step, grids the calls of the sampler.
@@ -125,16 +123,13 @@ class Watch:
         self.steps.append(self.now)
         self.reset()
 
-
 def fewer(diffusion):
     """Two steps will do, where the sampler takes a number of them (RK45 does not)."""
     return {} if isinstance(diffusion, train_unet.RF) else {"steps": 2}
 
-
 # ---- Data that are recognised, and the paper's formulas
 def tensors(module):
     return {k: v.detach().clone() for k, v in module.state_dict().items()}
-
 
 def write_data(root, n, latents=False):
     """n images of noise in class folders, none like another or like its mirror image: views (n, 2, C, H, W), labels.
@@ -159,20 +154,16 @@ def write_data(root, n, latents=False):
     x0 = images / 255 * 2 - 1
     return torch.stack([x0, x0.flip(3)], dim=1), labels
 
-
 def close(a, b, atol=2e-5, rtol=2e-5):
     """Whether two tensors agree, compared in float64."""
     return torch.allclose(a.detach().double(), b.detach().double(), atol=atol, rtol=rtol)
-
 
 def all_close(a, b):
     """Whether two state dicts of weights agree, which were averaged element by element."""
     return a.keys() == b.keys() and all(close(a[name], b[name], EXACT, 0) for name in a)
 
-
 def along(values, x):
     return torch.as_tensor(values).double().view(-1, *[1] * (x.ndim - 1))
-
 
 def path(model, level):
     """x_t = a x0 + b eps: (a, b), float64 (B,). paper.md, section 2."""
@@ -182,7 +173,6 @@ def path(model, level):
         return product[level.long()].sqrt(), (1 - product[level.long()]).sqrt()
     return (torch.ones_like(level), level) if model == "edm" else (1 - level, level)
 
-
 def network_input(script, model, level, x_t):
     """What the network sees of x_t, and its time."""
     if model == "edm":
@@ -190,7 +180,6 @@ def network_input(script, model, level, x_t):
     scale = {train_unet: 1e-3, train_uvit: 0.999}
     time = level.double() * scale[script] if model == "ddpm" else level.double()
     return x_t, 1 - time if script is train_dit else time  # the DiT runs on its ancestor's clock
-
 
 def diffusion_loss(script, model, out, x_t, x0, level, noise, u):
     """Mean loss of raw network outputs. paper.md, section 2; u: log variance of the uncertainty weighting, or None."""
@@ -206,13 +195,11 @@ def diffusion_loss(script, model, out, x_t, x0, level, noise, u):
     loss = ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - x0) ** 2).flatten(1).mean(1)
     return (loss / u.exp() + u).mean()
 
-
 def log_variance(diffusion, t):
     """u(sigma) of times t = ln(sigma) / 4: fixed Fourier features, a linear layer without bias. paper.md, section 2."""
     (weights,) = diffusion.uncertainty.parameters()
     freqs, phases = diffusion.uncertainty.buffers()
     return (2**0.5 * torch.cos(t[:, None] * freqs + phases) * weights).sum(1)
-
 
 def info_nce(q, k, temperature=0.2):
     """MoCo v3's loss of queries q against keys k, one pair at a time."""
@@ -223,11 +210,9 @@ def info_nce(q, k, temperature=0.2):
         total = total - (weights[i] / sum(weights)).log()
     return 2 * temperature * total / len(q)
 
-
 def stored_noise(step, shape):
     """All noise of a batch's shape that was drawn in a step: (draws, B, C, H, W)."""
     return torch.cat([z.view(-1, *shape) for z in step["randn"] if z.shape[-3:] == shape[1:]])
-
 
 def recognise(script, x0, views, aug):
     """Row and flip of each image x0 (B, C, H, W) in views (N, 2, C, H, W); aug (B, 9): how it was changed since.
@@ -250,7 +235,6 @@ def recognise(script, x0, views, aug):
     rows, flips = zip(*found, strict=True)
     return torch.tensor(rows), torch.tensor(flips)
 
-
 def teacher_view(script, model, call, level, rows, drawn, views):
     """Flips and noise (B, ...) of the teacher's view of the images `rows`, from what its network was given."""
     level = torch.full((len(rows),), level)
@@ -266,7 +250,6 @@ def teacher_view(script, model, call, level, rows, drawn, views):
         assert seen.equal(rows), "the teacher sees other images than the denoiser"
         return flips, noise
     raise AssertionError("the teacher's view is no image of the data plus noise that was drawn")
-
 
 def watched(case, n, batch, tmp_path, patch, *more, light=False):
     """Two epochs on n images, from weights without zeros, EMA weights that are not the trained ones: what was seen.
@@ -295,7 +278,6 @@ def watched(case, n, batch, tmp_path, patch, *more, light=False):
             for hook in watch.hooks:
                 hook.remove()
     return args, watch, start, views, labels
-
 
 # ---- The tests
 @pytest.mark.slow
@@ -398,7 +380,6 @@ def test_run_equals_its_replay(case, tmp_path, monkeypatch):
     if case != "dit-latents":  # there is no VA-VAE here to show latents with
         check_grids(watch.grids, averages, ema, deepcopy(watch.parts["diffusion"]), out)
 
-
 def check_grids(grids, averages, net, diffusion, out):
     """The grids of both epochs: EMA weights in eval mode, from the same noise, laid out row by row."""
     assert [grid["after"] for grid in grids] == [2, 4] and grids[0]["noise"].equal(grids[1]["noise"])
@@ -418,7 +399,6 @@ def check_grids(grids, averages, net, diffusion, out):
             want = ((x0[k].clamp(-1, 1) + 1) * 127.5).round().int().repeat_interleave(4, 1).repeat_interleave(4, 2)
             assert (image[:, top : top + 64, left : left + 64] - want).abs().max() <= 1
 
-
 LEVELS = {  # paper.md, section 2
     "unet-ddpm": lambda t: (t * 1000, "uniform", (0.5, 1000)),
     "unet-edm": lambda t: (t * 4, "norm", (-1.2, 1.2)),
@@ -426,7 +406,6 @@ LEVELS = {  # paper.md, section 2
     "uvit": lambda t: (t / 0.999, "uniform", (0.5, 1000)),
     "dit": lambda t: (torch.logit(t), "norm", (0, 1)),
 }
-
 
 @pytest.mark.parametrize("case", LEVELS)
 def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ TINY = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], 
 SEAM = {"parse_args": ["argv"], "build": ["args"], "load_data": ["args", "split"], "to_x0": ["images", "flip"],
         "to_uint8": ["x0"], "main": ["args"]}  # fmt: skip
 
-
 def blocks(path):
     """{name: source, with decorators and the comments right above} of the top-level definitions."""
     lines, out = path.read_text().splitlines(), {}
@@ -29,7 +28,6 @@ def blocks(path):
             out[node.name] = "\n".join(lines[top : node.end_lineno])
     return out
 
-
 def test_same_name_means_same_text():
     found = {p.name: blocks(p) for p in SCRIPTS}
     for a, b in itertools.combinations(found, 2):
@@ -40,12 +38,10 @@ def test_same_name_means_same_text():
             assert found[a][name] == found[b][name], f"{name} differs between {a} and {b}"
         assert len(same) >= 30 or not train, len(same)  # the comparison is not empty
 
-
 def test_train_scripts_have_the_same_sections():
     banners = [re.findall(r"^# ---- (\d+\. .+?) -{3,}$", p.read_text(), re.MULTILINE) for p in TRAIN]
     assert len(banners[0]) == 9
     assert all([x.split(":")[0] for x in b] == [x.split(":")[0] for x in banners[0]] for b in banners)
-
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
 def test_seam(path):
@@ -67,7 +63,6 @@ def test_seam(path):
     assert " ".join(inspect.signature(diffusion.features).parameters) == "net x0 level noise y pool last"
     assert list(inspect.signature(diffusion.sample).parameters)[:2] == ["net", "noise"]
 
-
 @pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
 def test_main_and_flags_stay_few(path, capsys):
     """A checklist that is read in one go: main of at most 120 lines, and few flags."""
@@ -78,14 +73,12 @@ def test_main_and_flags_stay_few(path, capsys):
     flags = re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
     assert len(set(flags)) == len(flags) and 20 < len(flags) <= FLAGS[path.stem], flags
 
-
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_every_flag_is_read(path):
     text = path.read_text()
     for flag in re.findall(r"(?:add_argument|add)\(\s*\"--([a-z-]+)\"", text):
         name = flag.replace("-", "_")
         assert re.search(rf"\.{name}\b|\"{name}\"", text), f"--{flag} is never read"
-
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_citations_are_defined(path):
@@ -94,7 +87,6 @@ def test_citations_are_defined(path):
     head = ast.get_docstring(ast.parse(text))
     assert "arXiv:2505.10999" in head
     assert set(re.findall(keys, text)) <= set(re.findall(keys, head))
-
 
 def test_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
@@ -110,7 +102,6 @@ def test_readme_names_what_exists():
         for flag in re.findall(r" (--[a-z-]+)", command):
             assert f'"{flag}"' in sources[command.split()[0]], f"{flag} of {command.split()[0]}"
 
-
 def test_quick_start_is_two_commands():
     """The first sets up and does the main job, over several lines; the second passes the tests, as .ci/run does."""
     text = (ROOT / "README.md").read_text()
@@ -119,7 +110,6 @@ def test_quick_start_is_two_commands():
     commands = [re.sub(r"(&&|\\)\n\s*", r"\1 ", block).strip() for block in blocks]
     assert len(commands) == 2 and not any("\n" in command for command in commands)
     assert "--self-cond" in commands[0] and "python -m pytest" in commands[1]
-
 
 def test_readme_links_to_files_and_headings_that_exist():
     text = (ROOT / "README.md").read_text()

@@ -22,15 +22,12 @@ import train_uvit
 TINY = ["--backbone", "tiny", "--model", "edm"]
 UVIT = ["--size", "tiny", "--cond"]  # ten classes
 
-
 def unet(path, *flags, **options):
     return make_checkpoint(path, T, *TINY, *flags, shake=0.02, **options)
-
 
 def gap(a, b):
     """The largest difference of uint8 images; a batch of another size may round once."""
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
-
 
 def draw(model, n, **options):
     """The images {index: uint8 (3, H, W)} of sample.generate, and its evaluations per block."""
@@ -39,7 +36,6 @@ def draw(model, n, **options):
         images.update(zip(indices, block, strict=True))
         evaluations.append(count)
     return images, evaluations
-
 
 # ---- What is drawn ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
@@ -55,7 +51,6 @@ def test_image_i_depends_on_its_index_only(tmp_path, monkeypatch):
         assert sorted(images) == list(indices), options
         assert all(gap(images[i], whole[i]) <= 1 for i in indices), options
 
-
 @pytest.mark.parametrize(("model", "evaluations"), [("ddpm", 100), ("edm", 35), ("rf", None)])
 def test_a_block_is_one_problem_however_it_is_cut(tmp_path, model, evaluations):
     """Two pieces are one evaluation, and RK45 chooses its steps for both; the network is a formula, to be quick."""
@@ -66,13 +61,11 @@ def test_a_block_is_one_problem_however_it_is_cut(tmp_path, model, evaluations):
     assert calls == again == (evaluations or calls) > 6
     assert all(gap(image, whole[i]) <= 1 for i, image in images.items())
 
-
 @pytest.mark.slow
 def test_amp_changes_the_images_by_little(tmp_path):
     model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
     images, low = (torch.stack(list(draw(model, 4, steps=3, amp=amp)[0].values())) for amp in (None, torch.bfloat16))
     assert 0 < (images.float() - low.float()).abs().mean() < 1 and gap(images, low) < 12
-
 
 def test_features_can_train_a_head(tmp_path):
     """The network is frozen; what it returns is an ordinary tensor that a head can learn from."""
@@ -82,14 +75,12 @@ def test_features_can_train_a_head(tmp_path):
     head(feat).sum().backward()
     assert head.weight.grad.any() and not any(p.requires_grad for p in model.net.parameters())
 
-
 GRAPHS = (
     (T, [*TINY, "--self-cond", "--layer", "out_1"], {"steps": 2}),
     (T, ["--backbone", "tiny", "--resolution", "8"], {"steps": 2}),
     (T, ["--backbone", "tiny", "--resolution", "8", "--model", "rf"], {}),
     (train_dit, ["--size", "tiny", "--cond", "--self-cond"], {"steps": 2, "batch": 2}),
 )
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "flags", "options"), GRAPHS)
@@ -112,7 +103,6 @@ def test_one_graph_for_all_blocks(script, flags, options, tmp_path, monkeypatch)
     plain, _ = draw(models[0], 4 * 9 if options else 11, **options)  # a CPU compiles only when it is told to
     assert all(gap(image, plain[i]) <= 1 for images in compiled for i, image in images.items())
 
-
 # ---- What is written -------------------------------------------------------------------------------------------------
 def test_folder_npz_and_grid_hold_the_same_images(tmp_path, capsys):
     path = unet(tmp_path / "run/last.pt")
@@ -130,7 +120,6 @@ def test_folder_npz_and_grid_hold_the_same_images(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "EMA weights of epoch 3 (step 9)" in said and "NFE 3" in said and "labels" not in said
     assert f"wrote {tmp_path / 'five.npz'}" in said and said.splitlines()[-1] == f"wrote {tmp_path / 'run/samples.png'}"
-
 
 def test_comparisons_have_rows_with_names_and_files_of_their_own(tmp_path):
     """Rows share their noise and have the command line's order; a run's own picture stays as it is."""
@@ -154,7 +143,6 @@ def test_comparisons_have_rows_with_names_and_files_of_their_own(tmp_path):
     assert np.array_equal(a, a_again) and np.array_equal(a, a_last) and np.array_equal(b, b_first)
     assert not np.array_equal(a, b)
 
-
 COLUMNS = (
     ([], 10, 8, list(range(10)) * 8),
     (["--n", "4"], 4, 1, [0, 1, 2, 3]),
@@ -162,7 +150,6 @@ COLUMNS = (
     (["--labels", "3", "--n", "4"], 2, 2, [3] * 4),
     (["--labels", "random"], 8, 8, None),
 )
-
 
 @pytest.mark.parametrize(("flags", "columns", "rows", "labels"), COLUMNS)
 def test_a_class_has_a_column_with_its_name(tmp_path, capsys, monkeypatch, flags, columns, rows, labels):
@@ -177,7 +164,6 @@ def test_a_class_has_a_column_with_its_name(tmp_path, capsys, monkeypatch, flags
         assert picture[:top, 66 * column : 66 * column + 66].min() < 100  # letters
     assert ("labels [3]" in capsys.readouterr().out) == (labels == [3] * 4)
 
-
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(tmp_path):
     path, flags = unet(tmp_path / "a.pt"), ["--n", "300", "--steps", "1"]  # two blocks
@@ -191,12 +177,10 @@ def test_two_ranks_write_what_one_writes(tmp_path):
     assert one.shape == (300, 16, 16, 3) and gap(one, two) <= 1 and gap(one, pngs) <= 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1.npz", "2.npz", "a.pt", "png"]  # no parts are left
 
-
 # ---- Checkpoints and scripts -----------------------------------------------------------------------------------------
 def change(path, **entries):
     """Replace entries of a checkpoint."""
     torch.save(torch.load(path, weights_only=True) | entries, path)
-
 
 def test_a_script_of_the_persons_own(tmp_path, capsys):
     """A renamed copy is run where --script names it, and only there; one edited since gives a warning."""
@@ -217,7 +201,6 @@ def test_a_script_of_the_persons_own(tmp_path, capsys):
     sample.load_checkpoint(path)
     assert "train_unet.py has been edited since it wrote" in capsys.readouterr().err
 
-
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 MISTAKES = (
     ("a.pt none.pt --out rows.png", "none.pt does not exist"),
@@ -234,7 +217,6 @@ MISTAKES = (
     ("a.pt --out a.PNG", "pictures are PNG"),
 )
 
-
 @pytest.mark.parametrize(("flags", "says"), MISTAKES)
 def test_mistakes_show_before_the_first_image(flags, says, tmp_path, capsys, monkeypatch):
     """Also those about the second checkpoint, and places that are taken or cannot be written: nothing changes."""
@@ -248,7 +230,6 @@ def test_mistakes_show_before_the_first_image(flags, says, tmp_path, capsys, mon
     monkeypatch.setattr(T.EDM, "sample", lambda self, net, noise, steps=18, y=None: pytest.fail("sampled"))
     assert says in refused(capsys, run, sample, *flags.split()) and sorted(tmp_path.rglob("*")) == before
 
-
 def test_mistakes_raise_what_a_notebook_shows(tmp_path):
     model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
     with pytest.raises(sample.UserError, match="does not exist"):
@@ -256,7 +237,6 @@ def test_mistakes_raise_what_a_notebook_shows(tmp_path):
     for options in ({"cfg": 2.0}, {"labels": [1]}, {"vae": "x.pt"}):
         with pytest.raises(sample.UserError):  # at once, not with the first block
             sample.generate(model, 1, **options)
-
 
 def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupt(self, net, noise, y=None):
@@ -266,7 +246,6 @@ def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run(sample, unet(tmp_path / "a.pt"), "--n", 1)
     assert stop.value.code == 130 and "error: stopped by Ctrl-C" in capsys.readouterr().err
-
 
 @pytest.mark.parametrize("name", ["a.npz", "a.png", "folder"])
 def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):

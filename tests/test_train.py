@@ -21,23 +21,19 @@ pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = "--dataset shapes --backbone tiny --batch 8".split()
 GRID = T.save_grid
 
-
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     monkeypatch.setitem(T.BACKBONES["tiny"], "mult", (1, 1, 1))
-
 
 def train(out, flags):
     """Run the script in this process; returns its lines of metrics."""
     run(T, *TINY, *flags.split(), "--out", out)
     return metrics(out)
 
-
 def headers(out):
     """The lines of metrics.jsonl that say what is run, and where each of them stands."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "args" in line], [i for i, line in enumerate(lines) if "args" in line]
-
 
 # ---- runs
 @pytest.mark.slow
@@ -69,7 +65,6 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(flags, tmp_path, monkeypatch
     assert whole[0]["loss_unweighted"] == whole[0]["loss_diffusion"]  # EDM's learned weights start at 1
     assert (whole[9]["loss_unweighted"] != whole[9]["loss_diffusion"]) == ("edm" in flags)
 
-
 @pytest.mark.slow
 def test_a_resume_takes_the_runs_own_flags_and_says_what_it_does(tmp_path, capsys):
     """Flags that are given override the run's, but for the limit of steps, which is each call's own."""
@@ -95,7 +90,6 @@ def test_a_resume_takes_the_runs_own_flags_and_says_what_it_does(tmp_path, capsy
     run(T, *flags[:3])  # nothing left to do, nothing lost
     assert (tmp_path / "last.pt").read_bytes() == saved and metrics(tmp_path) == lines
 
-
 @pytest.mark.slow
 def test_checkpoint_contract(tmp_path, monkeypatch):
     monkeypatch.setattr(T, "save_grid", GRID)
@@ -116,11 +110,9 @@ def test_checkpoint_contract(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
     assert Image.open(tmp_path / "samples_0001.png").size == (4 * 66 + 2, 4 * 66 + 2)  # tiles of 64 pixels
 
-
 def test_seed_matters(tmp_path):
     a, b = (train(tmp_path / s, f"--max-steps 1 --seed {s}")[0]["loss"] for s in "12")
     assert a != b
-
 
 # ---- stops
 def test_ctrl_c_once_and_twice_and_while_a_grid_is_sampled(monkeypatch, tmp_path, capsys):
@@ -153,7 +145,6 @@ def test_ctrl_c_once_and_twice_and_while_a_grid_is_sampled(monkeypatch, tmp_path
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 @pytest.mark.parametrize("name", ["train_unet", "train_uvit", "train_dit"])
@@ -177,7 +168,6 @@ def test_a_full_disk_is_told_and_loses_nothing(name, tmp_path, capsys, monkeypat
     assert "last.pt cannot be written, is the disk full? (" in said
     assert (tmp_path / "run/last.pt").read_bytes() == before and not [*tmp_path.glob("run/*.tmp")]
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 100])
 def test_nan_stops_and_keeps_the_last_good_checkpoint(interval, tmp_path, capsys, monkeypatch):
@@ -190,7 +180,6 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(interval, tmp_path, capsys
         train(tmp_path, "--max-steps 6 --resume")
     assert stop.value.code == 1 and "diverged" in capsys.readouterr().err
     assert (tmp_path / "last.pt").read_bytes() == before
-
 
 # ---- parts
 def test_the_unweighted_loss_follows_from_the_weighted_one():
@@ -205,13 +194,11 @@ def test_the_unweighted_loss_follows_from_the_weighted_one():
         loss, unweighted, _ = diffusion.loss(silent, x0, level, torch.randn_like(x0))
         assert loss.item() == unweighted.item()
 
-
 def test_learning_rate():
     args = argparse.Namespace(lr=1, warmup=10, cooldown=0.25)
     rates = [T.learning_rate(args, step, 1, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == rates[75] == 1
     assert rates[76] < 1 and rates[99] == pytest.approx(1 / 25) and min(rates) > 0
-
 
 @pytest.mark.parametrize(
     ("flags", "want"),
@@ -235,7 +222,6 @@ def test_defaults_are_the_papers(flags, want):
     args = vars(T.parse_args(flags.split()))
     assert {k: args[k] for k in want} == want
 
-
 @pytest.mark.parametrize("kind", ["MODEL", "EMA"])
 def test_init_takes_public_names_and_wrapped_ones(kind, tmp_path):
     """As [DDAE] saves them: behind DDP's prefix; and as ema_pytorch keeps them, the average beside the trained ones."""
@@ -249,7 +235,6 @@ def test_init_takes_public_names_and_wrapped_ones(kind, tmp_path):
     target, _ = T.build(T.parse_args([*TINY, "--self-cond", "--aug", "0.1"]))
     T.load_weights(target, tmp_path / "w.pt")
     assert all(target.state_dict()[k].equal(v) for k, v in source.items())
-
 
 # ---- mistakes
 MISTAKES = [  # flags, and what is said
@@ -267,7 +252,6 @@ OF_A_RUN = [  # flags in the folder of a run, what its last.pt says of its data,
     ("--resume", {"classes": T.SHAPES[::-1]}, "class names differ"),
 ]  # fmt: skip
 
-
 @pytest.fixture(scope="module")
 def begun(fewer_shapes, tmp_path_factory):
     """A run of one step."""
@@ -275,7 +259,6 @@ def begun(fewer_shapes, tmp_path_factory):
         patch.setitem(T.BACKBONES["tiny"], "mult", (1, 1, 1))
         train(home := tmp_path_factory.mktemp("begun"), "--max-steps 1")
     return home
-
 
 @pytest.mark.parametrize(("flags", "changes", "says"), [*((flags, None, says) for flags, says in MISTAKES), *OF_A_RUN])
 def test_mistakes_end_with_one_line_and_status_2(flags, changes, says, begun, tmp_path, capsys, monkeypatch):

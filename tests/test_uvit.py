@@ -10,7 +10,6 @@ import train_uvit as V
 pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8"]
 
-
 def network(**kw):
     """A small U-ViT with no weight left at its initial value."""
     torch.manual_seed(0)
@@ -20,11 +19,9 @@ def network(**kw):
             p.add_(0.05 * torch.randn_like(p))
     return net
 
-
 def batch():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, 3, 8, 8, generator=generator), 999 * torch.rand(3, generator=generator)
-
 
 def build(*flags):
     """The network of these flags, as it is before training, and its diffusion."""
@@ -32,12 +29,10 @@ def build(*flags):
     args.classes = V.SHAPES
     return *V.build(args), args
 
-
 def train(out, *flags):
     """Run the script in this process; returns its lines of metrics."""
     V.main(V.parse_args([*TINY, "--out", str(out), *flags]))
     return metrics(out)
-
 
 # ---- tokens
 def test_cls_and_augmentation_come_before_all_other_tokens():
@@ -50,7 +45,6 @@ def test_cls_and_augmentation_come_before_all_other_tokens():
     assert torch.allclose(tokens[:, 0], (net.cls_token + net.cls_pos_embed)[0].expand(3, -1), atol=2e-5)
     assert torch.allclose(tokens[:, 1], aug @ net.aug_emb.weight.T + net.aug_emb.bias, atol=2e-5)
     assert torch.allclose(tokens[:, 2:], plain.tokens(x, e_t, y, None), atol=2e-5)
-
 
 def test_mask_between_cls_and_augmentation():
     """Values and gradients of masked attention, against one over all rows with an explicit mask."""
@@ -67,14 +61,12 @@ def test_mask_between_cls_and_augmentation():
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
 
-
 @pytest.mark.parametrize(("flags", "masked"), [
     (["--cls-token"], False), (["--cls-token", "--cl", "1"], True), (["--aug", "0.1"], False)])  # fmt: skip
 def test_all_blocks_are_masked_where_there_are_both_tokens(flags, masked):
     """[P] Fig. 2b; --cl brings the augmentation."""
     net, *_ = build(*flags)
     assert {block.attn.masked for block in [*net.in_blocks, net.mid_block, *net.out_blocks]} == {masked}
-
 
 def test_poolings():
     """[CLS] is token 0, the image's are the last; a random one is of this image. The output depends on [CLS]."""
@@ -89,7 +81,6 @@ def test_poolings():
     (grad,) = torch.autograd.grad(net(x, t).square().sum(), net.cls_token)
     assert grad.abs().max() > 0
 
-
 def test_null_class():
     """It is the last row; -1 and no label at all mean it, too."""
     net, (x, t) = network(classes=4), batch()
@@ -98,7 +89,6 @@ def test_null_class():
     assert null.equal(net(x, t, torch.full((3,), 4))) and not null.allclose(labelled, atol=1e-4)
     mixed = net(x, t, torch.tensor([0, -1, 2]))
     assert torch.allclose(mixed[1], null[1], atol=2e-5) and torch.allclose(mixed[[0, 2]], labelled[[0, 2]], atol=2e-5)
-
 
 # ---- optimiser, flags
 def test_decay_groups():
@@ -113,7 +103,6 @@ def test_decay_groups():
     assert {"net.cls_token", "net.label_emb.weight", "head.projector.time.0.weight"} <= groups[0.03]
     assert {"net.pos_embed", "net.cls_pos_embed", "net.aug_emb.bias"} <= groups[0.0]
     assert all(g["betas"] == (0.99, 0.999) for g in optimizer.param_groups)
-
 
 @pytest.mark.parametrize(("flags", "want"), [
     (["--dataset", "cifar100", "--cls-token", "--cl", "0.01"],
@@ -131,7 +120,6 @@ def test_defaults_are_the_papers(flags, want):
     args = vars(V.parse_args(flags))
     assert {k: args[k] for k in want} == want
 
-
 @pytest.mark.parametrize(("flags", "says"), [
     (["--resolution", "17"], "do not divide"), (["--layer", "out_7"], "in_1, in_2"),
     (["--cl-target", "cls"], "needs --cls-token"), (["--patch", "0"], "--patch must be above 0"),
@@ -144,7 +132,6 @@ def test_mistakes_end_with_one_line_and_status_2(flags, says, tmp_path, capsys):
         capsys.readouterr()
     assert says in refused(capsys, train, tmp_path, *flags)
 
-
 # ---- runs
 @pytest.mark.slow
 def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
@@ -155,14 +142,12 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(tmp_path):
     parts = train(tmp_path / "b", *flags, "--max-steps", "10", "--resume")
     check_resumed(tmp_path / "a", tmp_path / "b", whole, parts)
 
-
 def test_cond_can_be_repeated_on_resume(tmp_path):
     train(tmp_path, "--cond", "--max-steps", "1")
     args = V.parse_args(["--out", str(tmp_path), "--cond", "--resume"])
     assert V.build(args)[0].classes == 10 and args.size == "tiny"
     train(tmp_path, "--cond", "--max-steps", "2", "--resume")
     assert load(tmp_path)["step"] == 2 and load(tmp_path)["ema"]["label_emb.weight"].shape == (11, 64)
-
 
 def test_labels_of_samples(tmp_path):
     """generate hands each image its own class, in pieces too; at random it depends on seed and image alone."""
@@ -177,7 +162,6 @@ def test_labels_of_samples(tmp_path):
     drawn = sample.class_labels(range(200), 10, "random", 0)
     assert drawn[50:60].equal(sample.class_labels(range(50, 60), 10, "random", 0))
     assert set(drawn.tolist()) == set(range(10)) and not drawn.equal(sample.class_labels(range(200), 10, "random", 1))
-
 
 def test_init_makes_a_checkpoint_of_public_weights(tmp_path, capsys):
     """Official names in, with --max-steps 0 a checkpoint for the tools out, [CLS] added or not."""
