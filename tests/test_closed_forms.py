@@ -232,7 +232,6 @@ def test_images_reach_the_inception_without_averages():
     large = torch.randint(256, (1, 3, 897, 897), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert torch.allclose(fid.preprocess(large), large[..., 1::3, 1::3] / 127.5 - 1, atol=1e-4)
 
-@pytest.mark.slow
 def test_an_image_is_measured_alone(tmp_path, capsys):
     """The loaded Inception normalises by its stored statistics, not by the batch, and learns nothing."""
     torch.save(fid.Inception().state_dict(), tmp_path / "random.pth")

@@ -235,7 +235,6 @@ FROZEN = (  # sha256 of pixels and labels: benchmark data must never change
     ("test", 2000, "a6be99c0e48530e6d0966ef060fed66859ba144d753f24aebf8b6c1696f00614"),
 )
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("split", "n", "digest"), FROZEN)
 def test_shapes_are_frozen(split, n, digest, tmp_path):
     images, labels, classes = load(tmp_path, split, "shapes", 16)

@@ -421,7 +421,6 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     (begun / "meta.pt").write_bytes(b"{")
     assert "meta.pt cannot be read" in refused(capsys, open_cache, begun, *pictures[1])
 
-@pytest.mark.slow
 def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
     """The VA-VAE, whose work is done, may be gone; the probe finds the latents by --data."""
     folder = shutil.copytree(cached[1], tmp_path / "moved")
@@ -456,7 +455,6 @@ def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path, capsys):
     assert "latents of another mean" in refused(capsys, D.load_data, model.args, "train")
 
 # ---- tools
-@pytest.mark.slow
 def test_tools_take_latents_through_the_seam(cached, tmp_path, capsys):
     run(sample, cached[0], "--n", "3", "--steps", "2", "--out", tmp_path / "s.npz")
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 32, 32, 3)

@@ -50,7 +50,6 @@ def resize_tensorflow1(images):
     w = (1 - (place[:, None] - torch.arange(side)).abs()).clamp(min=0)  # (299, side)
     return (w @ images.float() @ w.T - 128) / 128
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_inception_equals_both_libraries():
     record, net, taps = Golden("inception"), fid.Inception().eval(), {}

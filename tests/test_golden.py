@@ -121,7 +121,6 @@ def test_edm_training_noise():
     sigma = T.EDM().draw_level(100_000, torch.Generator().manual_seed(0)).log()
     assert sigma.mean() == pytest.approx(-1.2, abs=0.02) and sigma.std() == pytest.approx(1.2, abs=0.02)
 
-@pytest.mark.slow
 def test_heun(golden):
     f = golden("diffusion_heun")
     net, sigmas, states = network(f), [], []

@@ -116,7 +116,6 @@ def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
     assert 0 < counts[0] < counts[1] - 3
 
 # ---- What is printed and written -------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_grid_writes_table_json_and_picture(folder, tmp_path, figures, capsys):
     """Of two formulations, each with an axis of its own."""
     paths, where = (folder / "A/epoch_1.pt", folder / "edm.pt"), tmp_path / "grid"
@@ -140,7 +139,6 @@ def test_grid_writes_table_json_and_picture(folder, tmp_path, figures, capsys):
     (alone,) = call(paths[0], "--layer", "out_4", "--t", 66, "--cache")[0]["cells"]
     assert alone in cells, "a cell depends on the rest of the grid"
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pool", "layer"), [("A/epoch_1.pt", "gap", "out_2"), ("cls", "cls", "mid")])
 def test_features_of_both_splits(folder, tmp_path, name, pool, layer):
     """At step 0, where no noise is added, they are the network's on the images themselves."""
@@ -298,7 +296,6 @@ def lines_of(axes):
 def texts(labels):
     return [" ".join(label.get_text().split()) for label in labels]
 
-@pytest.mark.slow
 def test_layer_epoch_maps_run_beside_run(folder, figures):
     """In the order of the command line."""
     paths = [folder / name / f"epoch_{epoch}.pt" for name in "BA" for epoch in (2, 1)]
@@ -316,7 +313,6 @@ def test_layer_epoch_maps_run_beside_run(folder, figures):
         assert texts(axes.get_yticklabels()) == results[0]["layers"]
         assert texts(axes.texts) == [f"{value:.1f}" for value in np.transpose(want).flatten()]
 
-@pytest.mark.slow
 def test_several_poolings_with_and_without_cls(folder, tmp_path, figures, capsys):
     argv = folder / "plain", folder / "cls", "--grid", "--pool", "gap", "token", "cls"
     results = call(*argv, "--subset", 30, "--json", tmp_path / "fig4.json")

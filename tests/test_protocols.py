@@ -244,7 +244,6 @@ def still_features(watch, layer, split=True):
     assert sorted(rows) == list(range(3 * (TEST if split else TRAIN)))
     return torch.stack([rows[i] for i in sorted(rows)])
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers", "level", "epochs", "flags"), [
     ("uvit", ["in_1", "out_2"], "t=600", 4, ["--layer", "in_1", "out_2", "--t", 600, "--epochs", 4, "--batch", 25]),
     ("unet", ["out_2"], "s=5", 4, ["--layer", "out_2", "--t", 5, "--epochs", 4, "--batch", 25, "--batchnorm"]),
@@ -346,7 +345,6 @@ def test_random_tokens_are_drawn_anew(world, watch, monkeypatch):
         places |= set(place.tolist())
     assert len(places) > 40
 
-@pytest.mark.slow
 def test_best_of_several_checkpoints(world, watch, capsys, tmp_path):
     """Constant features know one class of three; the checkpoint in the middle knows more, and it counts."""
     paths = [write_checkpoint(tmp_path / "a" / f"{epoch}.pt", world.root, *UVIT, gain=gain, epoch=epoch)
@@ -442,7 +440,6 @@ def test_fid_replayed(world, watch, capsys, tmp_path, name):
     run(sample, paths[0], "--n", 40, "--steps", 2, "--out", tmp_path / "drawn.npz")
     score(world.train, tmp_path / "drawn.npz", "--ref", tmp_path / "train.npz", "--n", n, images=again)
 
-@pytest.mark.slow
 def test_fid_labels_at_random(world, watch):
     """Image i's class depends on (seed, i) only, is not i's remainder, and every class comes up."""
     drawn = []

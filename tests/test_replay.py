@@ -26,6 +26,8 @@ EXACT = 2e-6  # of what is computed element by element from recorded tensors: no
 PREFIX = {"model": "net", "diffusion": "diffusion", "head": "head"}  # of names in last.pt
 NETWORKS = {train_unet: train_unet.UNet, train_uvit: train_uvit.UViT, train_dit: train_dit.DiT}
 UNET = ["--backbone", "tiny", "--self-cond", "--aug", "0.5", "--model"]
+LONG = ("unet-ddpm", "unet-rf")  # seconds; the others stay among the quick tests
+SLOW = pytest.mark.slow
 CASES = {  # script, flags; the teacher's level, never the default; gamma, in one case so small that nothing is clipped
     "unet-ddpm": (train_unet, [*UNET, "ddpm"], 66, 0.3),
     "unet-edm": (train_unet, [*UNET, "edm"], 0.3, 0.3),
@@ -280,8 +282,7 @@ def watched(case, n, batch, tmp_path, patch, *more, light=False):
     return args, watch, start, views, labels
 
 # ---- The tests
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=SLOW if case in LONG else ()) for case in CASES])
 def test_run_equals_its_replay(case, tmp_path, monkeypatch):
     """Four steps in two epochs of 17 images, each step of 2 x 4 images, with everything on."""
     script, _, level, gamma = CASES[case]

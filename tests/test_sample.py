@@ -38,7 +38,6 @@ def draw(model, n, **options):
     return images, evaluations
 
 # ---- What is drawn ---------------------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_image_i_depends_on_its_index_only(tmp_path, monkeypatch):
     """Neither the batch size, nor how many are drawn, nor the number of ranks changes an image."""
     model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
@@ -61,7 +60,6 @@ def test_a_block_is_one_problem_however_it_is_cut(tmp_path, model, evaluations):
     assert calls == again == (evaluations or calls) > 6
     assert all(gap(image, whole[i]) <= 1 for i, image in images.items())
 
-@pytest.mark.slow
 def test_amp_changes_the_images_by_little(tmp_path):
     model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
     images, low = (torch.stack(list(draw(model, 4, steps=3, amp=amp)[0].values())) for amp in (None, torch.bfloat16))

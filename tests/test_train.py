@@ -65,7 +65,6 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(flags, tmp_path, monkeypatch
     assert whole[0]["loss_unweighted"] == whole[0]["loss_diffusion"]  # EDM's learned weights start at 1
     assert (whole[9]["loss_unweighted"] != whole[9]["loss_diffusion"]) == ("edm" in flags)
 
-@pytest.mark.slow
 def test_a_resume_takes_the_runs_own_flags_and_says_what_it_does(tmp_path, capsys):
     """Flags that are given override the run's, but for the limit of steps, which is each call's own."""
     first = train(tmp_path, "--model edm --self-cond --cl 0.02 --seed 3 --epochs 1 --max-steps 3")
@@ -90,7 +89,6 @@ def test_a_resume_takes_the_runs_own_flags_and_says_what_it_does(tmp_path, capsy
     run(T, *flags[:3])  # nothing left to do, nothing lost
     assert (tmp_path / "last.pt").read_bytes() == saved and metrics(tmp_path) == lines
 
-@pytest.mark.slow
 def test_checkpoint_contract(tmp_path, monkeypatch):
     monkeypatch.setattr(T, "save_grid", GRID)
     lines = train(tmp_path, "--model edm --self-cond --cl 0.01 --epochs 1 --save-every 1")
@@ -145,7 +143,6 @@ def test_ctrl_c_once_and_twice_and_while_a_grid_is_sampled(monkeypatch, tmp_path
         for number, handler in before.items():
             signal.signal(number, handler)
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 @pytest.mark.parametrize("name", ["train_unet", "train_uvit", "train_dit"])
 def test_a_full_disk_is_told_and_loses_nothing(name, tmp_path, capsys, monkeypatch):
@@ -168,7 +165,6 @@ def test_a_full_disk_is_told_and_loses_nothing(name, tmp_path, capsys, monkeypat
     assert "last.pt cannot be written, is the disk full? (" in said
     assert (tmp_path / "run/last.pt").read_bytes() == before and not [*tmp_path.glob("run/*.tmp")]
 
-@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 100])
 def test_nan_stops_and_keeps_the_last_good_checkpoint(interval, tmp_path, capsys, monkeypatch):
     """Where a line is due, or at the latest where the run would be saved."""
