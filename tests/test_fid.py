@@ -3,6 +3,8 @@
 tests/test_protocols.py replays whole calls.
 """
 
+import email.message
+import io
 import json
 import os
 import re
@@ -77,6 +79,10 @@ def test_weights_that_cannot_be_had(capsys, monkeypatch, tmp_path):
     cached = tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
     message = refused(capsys, fid.load_inception, None, "cpu")
     assert fid.WEIGHTS_URL in message and str(cached) in message and "--weights" in message
+    response = io.BytesIO(b"another file")
+    response.info = email.message.Message
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: response)
+    assert "cannot be downloaded (invalid hash value" in refused(capsys, fid.load_inception, None, "cpu")
     cached.write_text("damaged")
     assert f"{cached} cannot be read" in refused(capsys, fid.load_inception, None, "cpu")
     other = tmp_path / "weights.pth"

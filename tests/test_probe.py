@@ -374,7 +374,10 @@ def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
     log_of(tmp_path / "rf", 1000, 64, lambda images: 1.0, model="rf")
     call(tmp_path / "line", "--curves", "--plot", tmp_path / "c.png")
     call(tmp_path / "short", tmp_path / "long", "--curves", "--plot", tmp_path / "c.png")
-    one, two = (figure.axes[0] for figure in figures)
+    log_of(tmp_path / "begun", 20, 64, lambda images: images)
+    call(tmp_path / "begun", "--curves", "--plot", tmp_path / "c.png")
+    one, two, begun = (figure.axes[0] for figure in figures)
+    assert lines_of(begun)["begun, edm tiny, mini"] == [[1280], [1280]]  # the last of two lines
     x, y = lines_of(one)["line, edm tiny, mini"]
     assert y == pytest.approx([2 - images / 64000 for images in x]) and figures[0].get_suptitle() == "mini"
     assert 6400 <= x[0] < 10000 and 60000 < x[-1] <= 64000 and len(x) > 80

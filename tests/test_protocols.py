@@ -392,8 +392,7 @@ def looked_at(inception):
     inception.seen.clear()
     return sorted((g, b == 150) for r, g, b in corner.tolist() if r == 254 and b in (100, 150))
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["uvit", "dit"])
+@pytest.mark.parametrize("name", [pytest.param("uvit", marks=pytest.mark.slow), "dit"])
 def test_fid_replayed(world, watch, capsys, tmp_path, name):
     """Of three U-ViTs at once, and of one DiT."""
     paths, n, everything = [getattr(world, name)], 37, [(i, False) for i in range(3 * TRAIN)]
