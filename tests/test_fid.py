@@ -232,6 +232,8 @@ def test_a_reference_is_found_by_every_name(monkeypatch, tmp_path, training_set)
     assert made == {"images": str(folder), "resolution": 16, "count": 3}
     for name in ("REF", "./REF", "X.NPZ", "./X.NPZ", tmp_path / "X.NPZ"):
         assert make_reference(tmp_path, "--ref", name)[0].equal(mean), name
+    few = make_reference(tmp_path, "--ref", folder, "--n", "2")  # --n is of the samples
+    assert few[0].equal(mean) and few[2]["count"] == 3
     assert make_reference(tmp_path, "--ref", "shapes")[2]["dataset"] == "shapes"
     assert fid.open_samples("X.NPZ", fid.parse_args(["X.NPZ"]), "cpu")[1].n == 3
 

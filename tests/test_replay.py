@@ -409,7 +409,7 @@ LEVELS = {  # paper.md, section 2
 }
 
 @pytest.mark.parametrize("case", LEVELS)
-def test_draws_have_the_papers_distributions(case, tmp_path, monkeypatch):
+def test_draws_are_the_papers_and_the_last_epoch_is_kept(case, tmp_path, monkeypatch):
     """Two epochs of 300 images in steps of 100, the network left out: order, flips, labels, levels, noise."""
     script, _, level, _ = CASES[case]
     more = ["--save-every", 3, *([] if script is train_dit else ["--aug", 0])]

@@ -253,3 +253,12 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     line = refused(capsys, run, sample, path, "--n", 2, "--steps", 1, "--out", tmp_path / name)
     assert "File too large" in line
+
+def test_random_labels_are_drawn_apart_from_the_noise():
+    """Image i's label follows from (seed, i) alone, covers all classes evenly, and not from the numbers of its noise."""
+    labels = sample.class_labels(range(3000), 10, "random", seed=5)
+    assert labels.equal(torch.cat([sample.class_labels([i], 10, "random", seed=5) for i in range(3000)]))
+    assert (labels.bincount(minlength=10) - 300).abs().max() < 90  # 5.5 standard deviations
+    noises_own = [int(np.random.default_rng((5, i)).integers(10)) for i in range(3000)]
+    agree = (labels == torch.tensor(noises_own)).float().mean()
+    assert 0.05 < agree < 0.15 and not labels.equal(sample.class_labels(range(3000), 10, "random", seed=6))
