@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):
     assert "File too large" in line
 
 def test_random_labels_are_drawn_apart_from_the_noise():
-    """Image i's label follows from (seed, i) alone, covers all classes evenly, and not from the numbers of its noise."""
+    """Image i's label follows from (seed, i), evenly over classes, and not from the numbers of its noise."""
     labels = sample.class_labels(range(3000), 10, "random", seed=5)
     assert labels.equal(torch.cat([sample.class_labels([i], 10, "random", seed=5) for i in range(3000)]))
     assert (labels.bincount(minlength=10) - 300).abs().max() < 90  # 5.5 standard deviations
