@@ -400,7 +400,7 @@ def heldout_loss(model, args, device, baseline=None):
     losses = all_reduce(losses).cpu().numpy()  # (levels, blocks)
     result = result_header(model, args)
     result.update(n_images=n, blocks=losses.tolist())
-    differences = losses - losses
+    differences = np.zeros_like(losses)
     if baseline:
         differences = losses - np.array(baseline["blocks"])
     for name, values in (("loss", losses), ("difference", differences)):
@@ -521,6 +521,8 @@ def draw_heldout_loss(results):
 def read_log(folder):
     """What metrics.jsonl says: the flags (dict), and images seen and the unweighted diffusion loss, arrays (n,)."""
     path, flags, images, losses = Path(folder, "metrics.jsonl"), None, [], []
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give run folders")
     try:
         for line in path.read_text().splitlines():
             row = json.loads(line) if line.endswith("}") else {}  # the last may be cut
@@ -529,10 +531,10 @@ def read_log(folder):
             elif row:
                 images.append(float(row["step"] * flags["batch"]))
                 losses.append(float(row["loss_unweighted"]))
-        if not images:
-            raise ValueError("no step yet")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: missing, damaged, empty, or without loss_unweighted ({error!r})") from error
+        raise UserError(f"{path} is damaged, or of an earlier version ({error!r})") from error
+    if not images:
+        raise UserError(f"{path} has no line of a step yet")
     return flags, np.array(images), np.array(losses)
 
 def draw_training_loss(folders):
@@ -557,6 +559,8 @@ def read_results(files):
     """What JSON files of probe.py and fid.py say of checkpoints: {run folder: {epoch: {fid, accuracy, label, ..}}}."""
     runs = {}
     for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"{file} does not exist")
         try:
             content = json.loads(Path(file).read_text())
             for row in content.get("checkpoints") or content["results"]:  # probe.py's, or fid.py's
@@ -569,7 +573,7 @@ def read_results(files):
                     found["label"] = f"{row['name'].split(',')[0]}, {row['flags']}"
                     found["dataset"] = row["dataset"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: missing, damaged or empty ({error!r})") from error
+            raise UserError(f"{file} is damaged, or not written by probe.py or fid.py ({error!r})") from error
     return runs
 
 def draw_fid_against_accuracy(files):

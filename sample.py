@@ -138,15 +138,17 @@ def import_script(name, file=None):
 
 def read_weights(path):
     """What a file of torch.save holds, on the CPU. weights_only: tensors and plain values, no code."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist, or is no file")
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can raise almost anything
         with open(path, "rb") as file:
             beginning = file.read(40)  # shows, for example, a Git-LFS pointer
         reason = f"({first_line(error)}); it begins with {beginning}"
-        raise UserError(f"{path} cannot be read as a checkpoint {reason}") from error
+        raise UserError(f"{path} is no checkpoint, or is cut short {reason}") from error
 
 def load_checkpoint(path, device="cpu", script_file=None):
     """Rebuild the EMA network of a checkpoint with the script that wrote it.

@@ -352,7 +352,7 @@ class DDPM(Formulation):
         return self.add_noise(x0, level, noise), t
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error of the predicted noise, twice (EDM weights one), and (feat, e_t) of the pass."""
+        """Mean squared error of the noise: to train with, without learned weights (the same), and (feat, e_t)."""
         x_t, t = self.inputs(x0, level, noise)
         eps_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         loss = F.mse_loss(eps_hat.float(), noise)
@@ -421,9 +421,7 @@ class EDM(Formulation):
         return c_in * self.add_noise(x0, level, noise), c_noise.flatten()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """The loss to train with, the same without learned weights, to compare runs, and (feat, e_t) of the pass.
-        Squared error of D, weighted by 1 / c_out^2.
-        """
+        """Squared error of D by 1 / c_out^2: to train with, without learned weights (comparable), and (feat, e_t)."""
         c_skip, c_out, _, _ = self.scalings(per_image(level, x0))
         x, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x, t, y, aug, with_feat=True)
@@ -486,7 +484,7 @@ class RF(Formulation):
         return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error of the velocity, the same once more, and (feat, e_t) of the pass."""
+        """Mean squared error of v: to train with, without learned weights (the same), and (feat, e_t)."""
         x_t, t = self.inputs(x0, level, noise)
         v_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         loss = F.mse_loss(v_hat.float(), noise - x0)
@@ -917,7 +915,7 @@ def epoch_order(seed, epoch, n, device):
 def catch_stop_signals(rank):
     """The list returned receives each signal that asks the run to stop, so that the loop can end its step and save."""
     received = []
-    def note(number, frame):
+    def note_signal(number, frame):
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt  # the second Ctrl-C
         received.append(number)
@@ -926,7 +924,7 @@ def catch_stop_signals(rank):
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         number = getattr(signal, name, signal.SIGTERM)  # Windows has not all of them
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, note)
+            signal.signal(number, note_signal)
     return received
 
 def save_checkpoint(path, state):
@@ -953,7 +951,7 @@ def read_checkpoint(path):
             beginning = file.read(40)  # shows, for example, a Git-LFS pointer
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip()
         reason = reason.split("\n")[0].split(". ")[0]  # the rest is advice of torch's
-        fail(f"{path} cannot be read as a checkpoint ({reason}); it begins with {beginning}")
+        fail(f"{path} is no checkpoint, or is cut short ({reason}); it begins with {beginning}")
     if not isinstance(state, dict):
         fail(f"{path} holds a {type(state).__name__}, not the dict that a checkpoint is")
     return state
@@ -1267,8 +1265,9 @@ def main(args):
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
               f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
         if args.resume:
-            first, last = (learning_rate(args, i, per_epoch, total) for i in (step, max(step, end - 1)))
-            print(f"going on from step {step} to {end}, learning rate {first:.2g} now, {last:.2g} at the end")
+            lr_now = learning_rate(args, step, per_epoch, total)
+            lr_end = learning_rate(args, max(step, end - 1), per_epoch, total)
+            print(f"going on from step {step} to {end}, learning rate {lr_now:.2g} now, {lr_end:.2g} at the end")
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
     next_save = time.time() + 60  # the first after a minute

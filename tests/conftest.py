@@ -110,6 +110,16 @@ def refused(capsys, call, *given):
     assert stop.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
+def spy(patch, owner, name, note):
+    """Tell note what owner.name is called with."""
+    call = getattr(owner, name)
+
+    def told(*given, **named):
+        note(*given, **named)
+        return call(*given, **named)
+
+    patch.setattr(owner, name, told)
+
 def shrink(script):
     """What makes a train script's runs short: 64 shapes, 8 steps of batch 8; no samples; and each step has its line."""
     draw = script.draw_shapes

@@ -63,7 +63,7 @@ READERS = {
 }
 HEADER = b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
 UNREADABLE = {  # what last.pt holds, and what each reader says
-    "empty": (lambda run: b"", "cannot be read as a checkpoint .*begins with b''"),
+    "empty": (lambda run: b"", "is no checkpoint, or is cut short .*begins with b''"),
     "cut at its last byte": (lambda run: run.whole[:-1], "failed finding central directory"),
     "a Git-LFS pointer": (lambda run: b"version https://git-lfs.github.com/spec/v1\noid 1\n", "git-lfs"),
     "safetensors": (lambda run: struct.pack("<Q", len(HEADER)) + HEADER + bytes(8), 'begins with .*{"w": {"dtype"'),

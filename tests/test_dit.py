@@ -419,7 +419,7 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
         assert says in refused(capsys, open_cache, folder, *pictures[1][:-2], "--data", tmp_path / "data", *more)
     assert content(begun) == before
     (begun / "meta.pt").write_bytes(b"{")
-    assert "meta.pt cannot be read" in refused(capsys, open_cache, begun, *pictures[1])
+    assert "meta.pt is no checkpoint" in refused(capsys, open_cache, begun, *pictures[1])
 
 def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
     """The VA-VAE, whose work is done, may be gone; the probe finds the latents by --data."""

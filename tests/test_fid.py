@@ -84,7 +84,7 @@ def test_weights_that_cannot_be_had(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: response)
     assert "cannot be downloaded (invalid hash value" in refused(capsys, fid.load_inception, None, "cpu")
     cached.write_text("damaged")
-    assert f"{cached} cannot be read" in refused(capsys, fid.load_inception, None, "cpu")
+    assert f"{cached} is no checkpoint" in refused(capsys, fid.load_inception, None, "cpu")
     other = tmp_path / "weights.pth"
     assert f"{other} does not exist" in refused(capsys, fid.load_inception, other, "cpu")
     torch.save({"conv.weight": torch.zeros(1)}, other)
@@ -256,7 +256,7 @@ MISTAKES = (  # flags, what is said, and whether it needs the Inception
     ("few.npz --ref few.npz --json empty", "cannot write empty", False),
     ("few.npz --ref few.npz --n 0", "--n must be at least 1", False),
     ("none", "none does not exist", False),
-    ("pipe", "pipe does not exist, or is no file", False),
+    ("pipe", "pipe is no regular file", False),
     ("a.npy", "a.npy: give an npz, a folder of PNGs, or a checkpoint", False),
     ("run", "last.pt does not exist", False),
     ("few.npz small.npz --allow-few", "small.npz has 8x8", False),

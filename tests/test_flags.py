@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, make_checkpoint, make_folder, metrics, run
+from conftest import load, make_checkpoint, make_folder, metrics, run, spy
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -25,16 +25,6 @@ import train_unet
 import train_uvit
 
 TRAIN = {"train_unet": ["--backbone", "tiny"], "train_uvit": ["--size", "tiny"], "train_dit": ["--size", "tiny"]}
-
-def spy(patch, owner, name, note):
-    """Tell note what owner.name is called with."""
-    call = getattr(owner, name)
-
-    def told(*given, **named):
-        note(*given, **named)
-        return call(*given, **named)
-
-    patch.setattr(owner, name, told)
 
 def autocast():
     """The dtype of the CPU's autocast, None where it is off."""

@@ -123,7 +123,7 @@ X16, X8 = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8)
     (lambda: uvit(feat_pool="cls"), "needs --cls-token"),
     (lambda: V.UViT(16, 3, 32, 5, 2), "do not divide"),
     (lambda: V.UViT(16, 2, 32, depth=4, heads=2), "depth 4 must be odd"),
-    (lambda: V.UViT(16, 2, 36, depth=5, heads=8), "width 36 a multiple of 2 x 8 heads"),
+    (lambda: V.UViT(16, 2, 36, depth=5, heads=8), "width 36 even and a multiple of 8 heads"),
 ])  # fmt: skip
 def test_networks_refuse_what_they_cannot_take(call, says):
     with pytest.raises(ValueError, match=says):

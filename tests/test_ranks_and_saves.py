@@ -10,23 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import check_equal_steps, check_resumed, distance, load, metrics, run, shrink
+from conftest import check_equal_steps, check_resumed, distance, load, metrics, run, shrink, spy
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_unet
-
-
-def spy(patch, owner, name, note):
-    """Tell note what owner.name is called with."""
-    call = getattr(owner, name)
-
-    def told(*given, **named):
-        note(*given, **named)
-        return call(*given, **named)
-
-    patch.setattr(owner, name, told)
 
 # ---- Ranks, signals, timed saves
 UNET = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8", "--epochs", "200", "--device", "cpu"]
