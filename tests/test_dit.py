@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--size", "tiny", "--batch", "8"]
 GRID, SIZES = D.save_grid, (D.SHARD, D.BLOCK, D.STATISTICS)
 
-# ---- parity and sizes
+# ---- parity
 def official(f, config):
     """The fixture's network; what it keeps from its constructor must be what ours computes."""
     sizes = ("in_channels", "input_size", "patch_size", "hidden_size", "depth", "num_heads")
@@ -78,18 +78,14 @@ def test_vae(golden, tmp_path):
     f.check("mean", mean)
     f.check("logvar", 2 * std.log())
     f.check("decoded", vae.decode(mean))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in D.VAE().parameters()) == 69_836_067
 
 def untrained(*flags):
     """The tiny network as it is before its first step."""
     args = D.parse_args([*TINY, *flags])
     args.classes = D.SHAPES
     return D.build(args)[0]
-
-def test_the_first_gradient_is_not_giant():
-    """Where v_hat is zero a cosine has no direction: fp16 would overflow, Adam remember it."""
-    net, noise, y = untrained("--self-cond", "--cond"), torch.randn(8, 3, 16, 16), torch.arange(8)
-    D.LatentRF().loss(net, torch.randn_like(noise), torch.full((8,), 0.5), noise, y)[0].backward()
-    assert torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm() < 10
 
 # ---- flags
 def train(out, *flags):

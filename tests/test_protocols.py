@@ -400,37 +400,28 @@ def test_fid_replayed(world, watch, capsys, tmp_path, name):
     labels = [s.y for s in watch.samples]
     assert torch.cat(labels).tolist() == [i % 3 for i in range(n)] * 3 if name == "uvit" else set(labels) == {None}
     assert len(images) == n * len(paths) and seen == everything
+    noise = torch.cat([s.noise for s in watch.samples])[:n].flatten(1)
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.25 and abs(noise.std() - 1) < 0.03
     seen, again = score(world.train, paths[0], *flags)
     assert seen == [] and np.array_equal(images[:n], again)
     assert json.loads((tmp_path / "a.json").read_text())["results"][0]["epoch"] == 7
     seen, others = score(world.others, paths[0], *flags, "--seed", 1, "--ref", "others")
     assert seen == everything and not (others == again).all((1, 2, 3)).any()
 
-    # Stored images: the training images score 0; of an npz the first n count; sample.py draws what fid.py scores.
+    # Stored images: the training images score 0; of an npz the first n count.
     np.savez(tmp_path / "train.npz", arr_0=world.train)
     score(world.train, tmp_path / "train.npz", "--ref", "blocks", images=world.train)
     assert json.loads((tmp_path / "a.json").read_text())["results"][0]["fid"] == pytest.approx(0, abs=1e-5)
+
+    # sample.py draws what fid.py scores, with the EMA weights, and writes the sampler's x0, rounded.
+    watch.samples.clear()
     run(sample, paths[0], "--n", 40, "--steps", 2, "--out", tmp_path / "drawn.npz")
+    watch.check_network(paths[0], labels=name == "uvit")
+    assert np.array_equal(np.load(tmp_path / "drawn.npz")["arr_0"], watch.images())
+    assert name == "uvit" or (watch.samples[0].x0.abs() > 1).any()  # RF does not clip, so that rounding has to
     score(world.train, tmp_path / "drawn.npz", "--ref", tmp_path / "train.npz", "--n", n, images=again)
 
-# ---- sample.py -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["uvit", "dit"])
-def test_images_are_the_ema_networks(world, watch, tmp_path, name):
-    """Written pixels are the sampler's x0, rounded; image i starts from noise of (seed, i), whatever n is."""
-    path, noise = getattr(world, name), {}
-    for n, seed in ((40, 0), (5, 0), (5, 1)):
-        watch.samples.clear()
-        run(sample, path, "--n", n, "--seed", seed, "--steps", 2, "--out", tmp_path / f"{n}_{seed}.npz")
-        assert len(watch.passes) == 2 * len(watch.samples)  # steps, blocks of images
-        watch.check_network(path, labels=name == "uvit")
-        written = np.load(tmp_path / f"{n}_{seed}.npz")["arr_0"]
-        assert written.dtype == np.uint8 and np.array_equal(written, watch.images())
-        noise[n, seed] = torch.cat([s.noise for s in watch.samples])
-    assert name == "uvit" or (watch.samples[0].x0.abs() > 1).any()  # RF does not clip, so that rounding has to
-    assert torch.equal(noise[40, 0][:5], noise[5, 0])
-    rows = torch.cat([noise[40, 0], noise[5, 1]]).flatten(1)
-    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.25 and abs(rows.std() - 1) < 0.03
-
+# ---- All tools -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tool", [sample, fid, probe])
 def test_nan_is_refused(world, watch, capsys, tmp_path, tool):
     """Broken weights end a tool with status 2 before it writes a number or an image."""
