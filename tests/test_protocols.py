@@ -90,7 +90,7 @@ def write_checkpoint(path, data, script, *flags, **changes):
     flags = "--dataset", "blocks", "--data", data, "--resolution", 16, *flags
     make_checkpoint(path, script, *flags, **{"shake": 0.1, "epoch": 7, "classes": list("abc"), **changes})
     state = torch.load(path, weights_only=True)
-    state["model"] = {name: value + 0.1 * torch.randn_like(value) for name, value in state["ema"].items()}
+    state["objective"] = {f"net.{name}": v + 0.1 * torch.randn_like(v) for name, v in state["ema"].items()}
     torch.save(state, path)
     return path
 
