@@ -196,10 +196,13 @@ def observe_training(script, words, seen, patch, new):
         seen.autocast, seen.labelled = autocast(), y is not None
         if len(seen.passes) == 1:
             seen.first, seen.channels, seen.side = x0.sum().item(), *x0.shape[1:3]
-            seen.net, seen.objective = objective.net, objective
 
     def note_start(objective, args):
-        seen.weights = sum(p.double().abs().sum().item() for p in objective.net.parameters())
+        net, head = objective.net, objective.head
+        seen.weights = sum(p.double().abs().sum().item() for p in net.parameters())
+        seen.layer, seen.pool = net.layer, getattr(net, "feat_pool", "gap")
+        if head is not None:
+            seen.head = "moco" if head.projector.time is None else "time"
 
     spy(patch, script.Objective, "forward", note_pass)
     spy(patch, script, "make_optimizer", note_start)
@@ -216,23 +219,6 @@ def observe_training(script, words, seen, patch, new):
     seen.out = args.out.replace(new, "NEW")
     if args.cl:
         seen.gamma = round((lines[0]["loss"] - lines[0]["loss_diffusion"]) / lines[0]["loss_contrast"], 3)
-    look_inside(seen, args)
-
-def look_inside(seen, args):
-    """Which map the feature is, and whether the head depends on time, with all weights moved."""
-    net, head = seen.net, seen.objective.head
-    with torch.no_grad():
-        for parameter in seen.objective.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        x, t = torch.randn(4, *net.shape), torch.rand(4)
-        _, feat, e_t = net(x, t, with_feat=True)
-        for pool in ("gap", "cls") if seen.cls_token else ("gap",):
-            for layer, value in net.features(x, t, pool=pool).items():
-                if torch.allclose(feat, value, atol=1e-5):
-                    seen.layer, seen.pool = layer, pool
-        if head is not None:
-            same = torch.allclose(head(feat, e_t), head(feat, e_t.flip(0) + 1), atol=1e-4)
-            seen.head = "moco" if same and head.projector.time is None else "time"
 
 def observe_tool(script, words, seen, patch, new):
     """Samples are drawn for sample.py and fid.py; the Inception is left out."""
