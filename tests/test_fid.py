@@ -6,7 +6,6 @@ tests/test_protocols.py replays whole calls.
 import email.message
 import io
 import json
-import re
 import urllib.error
 
 import numpy as np
@@ -269,16 +268,12 @@ def test_ranks_do_not_change_the_result(capsys, tmp_path):
         assert two.pop(key) == pytest.approx(one.pop(key), rel=2e-5, abs=1e-9)
     assert one == two and one["n"] == 4
 
-def test_a_checkpoint_is_scored_against_its_own_training_set(capsys, monkeypatch, tmp_path, training_set):
+def test_a_checkpoint_is_scored_against_its_own_training_set(monkeypatch, tmp_path, training_set):
     """The data set and its folder are the checkpoint's; the file has all that the number depends on."""
     monkeypatch.setattr(fid, "load_inception", lambda *_: FakeInception())
     monkeypatch.setattr(fid, "frechet_distance", lambda *_: 9.0)  # 2048 eigenvalues take seconds
     make_checkpoint(tmp_path / "last.pt", train_dit, "--size", "tiny", "--cond", "--data", tmp_path / "data")
     run(fid, tmp_path, "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
-    out = capsys.readouterr().out
-    for words in ("labels balanced", "EMA weights of epoch 3", f"wrote {tmp_path / 'fid.json'}"):
-        assert words in out
-    assert re.fullmatch(r"FID 9\.00  IS \d+\.\d\d \+- \d+\.\d\d", out.splitlines()[-1])
     file = json.loads((tmp_path / "fid.json").read_text())
     result, = file["results"]
     want = {"fid": 9, "n": 2, "samples": str(tmp_path), "checkpoint": str(tmp_path / "last.pt"), "weights": "ema",

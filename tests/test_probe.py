@@ -6,7 +6,6 @@ What heads, kNN, noise and flips do is replayed in test_protocols.py.
 import argparse
 import json
 import os
-import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,23 +161,23 @@ def test_mistakes_end_with_one_line_before_the_work(folder, capsys, monkeypatch,
     assert message in refused(capsys, call, *f"{{}}/{argv}".format(*9 * [folder]).split())
     assert [*folder.iterdir(), *(folder / "A").iterdir()] == before, "an empty file is left"
 
-LOG = '{"step": 0, "args": {"batch": 8, "dataset": "mini"}}\n{"step": 9, "loss_unweighted": 1.5}\n'
-DAMAGED_LOGS = [None, LOG[:60], LOG.replace("unweighted", "diffusion"), LOG.replace("8", '"many"'),
-                LOG.replace("{", "[").replace("}", "]}"), "\0\xff" * 99]  # fmt: skip
-ROW = '{"results": [{"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini", "fid": 2, "cells": [{"linear": 1}]}]}'
-DAMAGED_RESULTS = [None, "[1, 2", "[]", '{"results": [7]}', ROW.replace("checkpoint", "file"), ROW,
-                   ROW.replace("2", "{}"), ROW.replace('"epoch": 1', '"epoch": "last"')]  # fmt: skip
+ROW = '{"results": [{"checkpoint": "a/b.pt", "epoch": 1, "fid": 2}]}'
 
-@pytest.mark.parametrize(("name", "text"), [*(("metrics.jsonl", text) for text in DAMAGED_LOGS),
-                                            *(("a.json", text) for text in DAMAGED_RESULTS)])
-def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, name, text):
-    """Missing, cut, of an earlier version, of other types, or no text at all."""
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("metrics.jsonl", None, "does not exist"),
+    ("metrics.jsonl", '{"step": 0, "args": {"batch": 8}}', "has no line of a step yet"),
+    ("metrics.jsonl", '{"step": 0, "args": {"batch": 8}}\n{"step": 9, "loss": 1.5}', "is damaged"),
+    ("a.json", None, "does not exist"),
+    ("a.json", ROW[:-2], "is damaged"),
+    ("a.json", ROW.replace("checkpoint", "file"), "is damaged"),
+])
+def test_logs_and_results_that_cannot_be_drawn(tmp_path, capsys, name, text, says):
+    """Missing, begun, cut, of an earlier version, or another program's."""
     if text is not None:
         (tmp_path / name).write_text(text)
-    error = refused(capsys, call, *([tmp_path, "--curves"] if name == "metrics.jsonl" else [tmp_path / name]))
-    says = "does not exist" if text is None else "is damaged|has no line of a step yet|no checkpoint has both"
-    assert re.match(rf"error: ({tmp_path / name} )?({says})", error), error
-    assert [path.name for path in tmp_path.iterdir()] == [name] * (text is not None)
+    argv = [tmp_path, "--curves"] if name == "metrics.jsonl" else [tmp_path / name]
+    assert f"{tmp_path / name} {says}" in refused(capsys, call, *argv)
+    assert not [*tmp_path.glob("*.png")]
 
 # ---- Held-out loss ---------------------------------------------------------------------------------------------------
 class RF(nn.Module):
