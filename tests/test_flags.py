@@ -175,11 +175,8 @@ def observe_training(script, words, seen, patch, new):
     """Of networks that are not tiny, only how they are built, without memory."""
     name = script.__name__
     args = script.parse_args([*TRAIN[name], "--batch", "8", "--max-steps", "2", "--out", new, *words])
-    with torch.device("meta"):
-        needs_data = args.cond or getattr(args, "cache_latents", None)
-        net, diffusion = (None, None) if needs_data else script.build(args)
-    seen.cls_token = False
-    if net:
+
+    def note_network(net, diffusion):
         names = dict(net.named_parameters())
         seen.formulation, seen.width, seen.blocks = type(diffusion).__name__, net.emb_dim, len(net.layers)
         seen.patch = next(module for module in net.modules() if isinstance(module, nn.Conv2d)).kernel_size[0]
@@ -187,7 +184,10 @@ def observe_training(script, words, seen, patch, new):
         if "self_cond.mlp.0.bias" in names:
             seen.self_cond = "adaptive" if "self_cond.scale.bias" in names else "add"
         seen.qk_norm, seen.cls_token = "blocks.0.attn.q_norm.weight" in names, "cls_token" in names
+
     if "tiny" not in (getattr(args, "size", None), getattr(args, "backbone", None)):
+        with torch.device("meta"):
+            note_network(*script.build(args))
         return
     seen.passes, seen.updates, seen.level, seen.aug, seen.labelled, decays = [], 0, None, None, None, []
 
@@ -199,6 +199,7 @@ def observe_training(script, words, seen, patch, new):
 
     def note_start(objective, args):
         net, head = objective.net, objective.head
+        note_network(net, objective.diffusion)
         seen.weights = sum(p.double().abs().sum().item() for p in net.parameters())
         seen.layer, seen.pool = net.layer, getattr(net, "feat_pool", "gap")
         if head is not None:

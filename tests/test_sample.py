@@ -80,22 +80,24 @@ def test_one_graph_for_all_blocks(script, flags, tmp_path, monkeypatch):
     assert all(gap(image, plain[i]) <= 1 for images in compiled for i, image in images.items())
 
 # ---- What is written -------------------------------------------------------------------------------------------------
-def test_folder_npz_and_grid_hold_the_same_images(tmp_path, capsys):
-    path = unet(tmp_path / "run/last.pt")
-    flags = ["--n", 5, "--steps", 2]
+def test_folder_npz_and_grid_hold_the_same_images(tmp_path, capsys, monkeypatch):
+    """In order, in six blocks."""
+    monkeypatch.setattr(sample, "BLOCK", 2)
+    path, flags = unet(tmp_path / "run/last.pt"), ["--n", 12, "--steps", 2]
     run(sample, tmp_path / "run", *flags, "--out", tmp_path / "png")
-    run(sample, path, *flags, "--out", tmp_path / "five.npz")
+    run(sample, path, *flags, "--out", tmp_path / "twelve.npz")
     run(sample, path, *flags)
-    files, arrays = sorted((tmp_path / "png").iterdir()), np.load(tmp_path / "five.npz")["arr_0"]
-    assert len(files) == 5 and arrays.shape == (5, 16, 16, 3) and arrays.dtype == np.uint8
+    files, arrays = sorted((tmp_path / "png").iterdir()), np.load(tmp_path / "twelve.npz")["arr_0"]
+    assert len(files) == 12 and arrays.shape == (12, 16, 16, 3) and arrays.dtype == np.uint8
     assert all(np.array_equal(Image.open(file), array) for file, array in zip(files, arrays, strict=True))
     picture = np.asarray(Image.open(tmp_path / "run/samples.png"))
-    assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, 3)  # 16 pixels are enlarged to 64
+    assert picture.shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # 16 pixels are enlarged to 64
     assert np.array_equal(picture[2:66, 2:66], arrays[0].repeat(4, 0).repeat(4, 1))
-    assert np.array_equal(picture[68:132, 68:132], arrays[4].repeat(4, 0).repeat(4, 1))
+    assert np.array_equal(picture[68:132, 68:132], arrays[5].repeat(4, 0).repeat(4, 1))
     said = capsys.readouterr().out
     assert "EMA weights of epoch 3 (step 9)" in said and "NFE 3" in said and "labels" not in said
-    assert f"wrote {tmp_path / 'five.npz'}" in said and said.splitlines()[-1] == f"wrote {tmp_path / 'run/samples.png'}"
+    assert f"wrote {tmp_path / 'twelve.npz'}" in said
+    assert said.splitlines()[-1] == f"wrote {tmp_path / 'run/samples.png'}"
 
 def test_comparisons_have_rows_with_names_and_files_of_their_own(tmp_path):
     """Rows share their noise and have the command line's order; a run's own picture stays as it is."""
