@@ -1,4 +1,4 @@
-"""fid.py: the Inception and both numbers against the golden data and closed forms; references; the user's mistakes.
+"""fid.py: the Inception and both numbers against the golden data and a closed form; references; the user's mistakes.
 
 tests/test_protocols.py replays whole calls.
 """
@@ -6,8 +6,6 @@ tests/test_protocols.py replays whole calls.
 import email.message
 import io
 import json
-import os
-import re
 import urllib.error
 
 import numpy as np
@@ -70,7 +68,7 @@ def test_inception_equals_both_libraries():
     record.check("fidelity_logits_unbiased_small", unbiased)
 
 def test_weights_that_cannot_be_had(capsys, monkeypatch, tmp_path):
-    """Without network the line says what to put where; a file of the person's is refused with its name."""
+    """Without network the line says what to put where; another network's file is refused with its name."""
     def no_network(*_, **__):
         raise urllib.error.URLError("no route to host")
 
@@ -83,10 +81,7 @@ def test_weights_that_cannot_be_had(capsys, monkeypatch, tmp_path):
     response.info = email.message.Message
     monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: response)
     assert "cannot be downloaded (invalid hash value" in refused(capsys, fid.load_inception, None, "cpu")
-    cached.write_text("damaged")
-    assert f"{cached} is no checkpoint" in refused(capsys, fid.load_inception, None, "cpu")
     other = tmp_path / "weights.pth"
-    assert f"{other} does not exist" in refused(capsys, fid.load_inception, other, "cpu")
     torch.save({"conv.weight": torch.zeros(1)}, other)
     assert f"{other} holds another network" in refused(capsys, fid.load_inception, other, "cpu")
 
@@ -98,18 +93,11 @@ def gaussian_of(feat):
         sums.update(piece, torch.zeros(len(piece), 2), torch.zeros(len(piece), dtype=torch.int64))
     return sums.gaussian()
 
-def test_frechet_distance_has_closed_forms():
-    draw = torch.Generator().manual_seed(0)
-    mean_a, mean_b, u, v = torch.randn(4, 12, generator=draw, dtype=torch.float64)
-    gap = (mean_a - mean_b).square().sum()
-    zero = torch.zeros(12, 12)
-    for name, cov_a, cov_b, distance, rel in (
-        ("diagonal", (u * u).diag(), (v * v).diag(), (u.abs() - v.abs()).square().sum(), 1e-12),
-        ("a point", zero, (v * v).diag(), v @ v, 1e-12),
-        ("rank one: tr sqrt(u u^T v v^T) = |u v|", u.outer(u), v.outer(v), u @ u + v @ v - 2 * (u @ v).abs(), 1e-6),
-    ):
-        want = (gap + distance).item()
-        assert fid.frechet_distance(mean_a, cov_a, mean_b, cov_b) == pytest.approx(want, rel=rel), name
+def test_frechet_distance_of_singular_covariances():
+    """Of rank one: tr sqrt(u u^T v v^T) = |u v|."""
+    mean_a, mean_b, u, v = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = (mean_a - mean_b).square().sum() + u @ u + v @ v - 2 * (u @ v).abs()
+    assert fid.frechet_distance(mean_a, u.outer(u), mean_b, v.outer(v)) == pytest.approx(want.item(), rel=1e-6)
 
 def test_both_numbers_equal_both_libraries():
     record, sums = Golden("metrics"), fid.Sums(1, 20)
@@ -121,22 +109,6 @@ def test_both_numbers_equal_both_libraries():
     mean, std = sums.inception_score()
     record.check("is_mean_shuffled", mean)
     record.check("is_std_shuffled", std)
-
-def test_sums_lose_no_accuracy():
-    """Features like Inception's: float32, mean above standard deviation, some of them dead."""
-    feat = 0.4 + 0.1 * torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
-    feat[:, 3] = 0.25
-    mean, cov = gaussian_of(feat)
-    want = np.cov(feat.double().numpy(), rowvar=False)
-    assert np.abs(mean.numpy() - feat.double().numpy().mean(0)).max() < 1e-13
-    assert np.abs(cov.numpy() - want).max() < 1e-12 * want.max()
-
-def test_inception_score_of_certain_predictions_is_the_number_of_classes():
-    """Of those predicted, one is not (0 log 0); eight of ten splits stay empty."""
-    sums = fid.Sums(1, 21)
-    for split in (0, 1):
-        sums.update(torch.zeros(20, 1), 1000 * torch.eye(20, 21), torch.full((20,), split))
-    assert sums.inception_score() == pytest.approx((20, 0), abs=1e-9)
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 def test_folder_and_npz_hold_the_same_images(tmp_path):
@@ -161,7 +133,6 @@ BAD = {  # what is done to a/000001.png, of 16x16 pixels, or to a.npz, and what 
     "transparent": (lambda png, npz: Image.new("RGBA", (16, 16)).save(png), "convert it to RGB of 8 bits"),
     "a clear colour": (lambda png, npz: Image.new("L", (16, 16)).save(png, transparency=0), "convert it to RGB of 8"),
     "a GIF": (lambda png, npz: Image.new("RGB", (16, 16)).save(png, format="GIF"), "cannot be read as an image"),
-    "a bomb": (lambda png, npz: Image.new("RGB", (99, 99)).save(png), "cannot be read as an image"),
     "cut": (lambda png, npz: npz.write_bytes(write_npz(npz, arr_0=WHOLE).read_bytes()[:500]), "cannot be read"),
     "a pickle": (lambda png, npz: write_npz(npz, arr_0=np.array([{}])), "cannot be read"),
     "float": (lambda png, npz: write_npz(npz, arr_0=np.float32(WHOLE)), "but images are uint8"),
@@ -170,9 +141,8 @@ BAD = {  # what is done to a/000001.png, of 16x16 pixels, or to a.npz, and what 
 }
 
 @pytest.mark.parametrize("case", BAD)
-def test_images_that_are_not_plain_are_refused(capsys, monkeypatch, tmp_path, case):
+def test_images_that_are_not_plain_are_refused(capsys, tmp_path, case):
     """Others than PNGs of 8 bits would have to be converted in some way, and the number would depend on it."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     make, says = BAD[case]
     png, npz = write_folder(tmp_path / "a", WHOLE) / "000001.png", tmp_path / "a.npz"
     make(png, npz)
@@ -210,12 +180,7 @@ def test_a_reference_is_kept_by_pixels_and_weights(capsys, monkeypatch, tmp_path
     assert not other_mean.equal(mean) and other["pixels"] != made["pixels"]
     monkeypatch.setattr(FakeInception, "sha", "other")
     make_reference(*shapes)
-    files = sorted((tmp_path / ".fid").iterdir())
-    assert len(files) == 3
-    for file in files:
-        file.write_bytes(b"damaged")
-    line = refused(capsys, make_reference, *shapes)
-    assert f"{tmp_path}/.fid/" in line and "anew" in line
+    assert len(list((tmp_path / ".fid").iterdir())) == 3
     (tmp_path / "full").mkdir()
     (tmp_path / "full/.fid").write_text("in the way")
     make_reference(tmp_path / "full", "--ref", "shapes")
@@ -244,8 +209,7 @@ def test_adm_statistics(capsys, tmp_path):
     mean, cov, made = make_reference(tmp_path, "--ref", path)
     assert np.array_equal(mean, mu) and np.array_equal(cov, sigma) and made == {"statistics": str(path)}
     assert "cannot be checked" in capsys.readouterr().out
-    words = np.full(2048, "a")
-    for bad in ({"mu": mu[:192], "sigma": sigma[:192, :192]}, {"mu": mu}, {"mu": words, "sigma": sigma}):
+    for bad in ({"mu": mu[:192], "sigma": sigma[:192, :192]}, {"mu": mu}):
         write_npz(path, **bad)
         assert "not floats mu (2048,)" in refused(capsys, make_reference, tmp_path, "--ref", path)
 
@@ -253,10 +217,8 @@ def test_adm_statistics(capsys, tmp_path):
 MISTAKES = (  # flags, what is said, and whether it needs the Inception
     ("few.npz --ref few.npz --json new.json", "few.npz: 3 images, but FID needs 2048", False),
     ("few.npz --ref few.npz --json none/a.json", "cannot write none/a.json", False),
-    ("few.npz --ref few.npz --json empty", "cannot write empty", False),
     ("few.npz --ref few.npz --n 0", "--n must be at least 1", False),
     ("none", "none does not exist", False),
-    ("pipe", "pipe is no regular file", False),
     ("a.npy", "a.npy: give an npz, a folder of PNGs, or a checkpoint", False),
     ("run", "last.pt does not exist", False),
     ("few.npz small.npz --allow-few", "small.npz has 8x8", False),
@@ -264,8 +226,6 @@ MISTAKES = (  # flags, what is said, and whether it needs the Inception
     ("a.pt --n 2 --allow-few --cfg 2", "--cfg: DDPM, of a.pt, has none; drop it", False),
     ("few.npz --allow-few", "--ref is missing", True),
     ("few.npz --allow-few --ref ./none.npz", "none.npz does not exist", True),
-    ("few.npz --allow-few --ref ./none", "none does not exist", True),
-    ("few.npz --allow-few --ref empty", "empty holds no .png files", True),
     ("few.npz --allow-few --ref mine/train", "train holds no .png files", True),
     ("few.npz --allow-few --ref small.npz", "small.npz has 8x8 images, compared with 16x16", True),
 )
@@ -278,8 +238,7 @@ def test_mistakes_are_one_line_and_show_early(capsys, monkeypatch, tmp_path, fla
     write_npz(tmp_path / "few.npz", arr_0=random_images(3))
     write_npz(tmp_path / "small.npz", arr_0=random_images(3, size=8))
     np.save(tmp_path / "a.npy", random_images(3))
-    os.mkfifo(tmp_path / "pipe")
-    for folder in ("run", "empty", "mine/train/dog"):
+    for folder in ("run", "mine/train/dog"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "run/args.json").write_text("{}")
     if "a.pt" in flags:
@@ -290,19 +249,16 @@ def test_mistakes_are_one_line_and_show_early(capsys, monkeypatch, tmp_path, fla
 
 @pytest.mark.slow
 def test_ranks_do_not_change_the_result(capsys, tmp_path):
-    """With the Inception itself, of random weights; two ranks measure samples and reference again."""
+    """With the Inception itself, of random weights; two ranks measure the reference again; some splits are empty."""
     torch.save(Golden("inception").weights(), tmp_path / "random.pth")
     samples = write_npz(tmp_path / "a.npz", arr_0=random_images(4))
     write_folder(tmp_path / "few/train/class", random_images(3, seed=1))
     flags = [samples, "--ref", "few", "--data", tmp_path, "--weights", tmp_path / "random.pth", "--allow-few"]
     flags += ["--batch", "1"]
     run(fid, *flags, "--json", tmp_path / "1.json")
+    assert "warning: 4 samples" in capsys.readouterr().err
     cache, = (tmp_path / ".fid").iterdir()
     cache.unlink()
-    shown = capsys.readouterr()
-    assert re.fullmatch(r"FID \d+\.\d\d  IS \d+\.\d\d \+- \d+\.\d\d", shown.out.splitlines()[-1])
-    assert "compare with no others" in shown.err and "warning: 4 samples" in shown.err
-
     done = launch(2, "fid.py", *map(str, flags), "--json", str(tmp_path / "2.json"), "--device", "cpu")
     assert done.stdout.splitlines()[-1].startswith("FID ") and cache.is_file()
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
@@ -312,22 +268,16 @@ def test_ranks_do_not_change_the_result(capsys, tmp_path):
         assert two.pop(key) == pytest.approx(one.pop(key), rel=2e-5, abs=1e-9)
     assert one == two and one["n"] == 4
 
-@pytest.mark.parametrize("cond", [{}, {"labels": ["balanced"], "cfg": 1.5}])
-def test_a_checkpoint_is_scored_against_its_own_training_set(cond, capsys, monkeypatch, tmp_path, training_set):
+def test_a_checkpoint_is_scored_against_its_own_training_set(monkeypatch, tmp_path, training_set):
     """The data set and its folder are the checkpoint's; the file has all that the number depends on."""
     monkeypatch.setattr(fid, "load_inception", lambda *_: FakeInception())
     monkeypatch.setattr(fid, "frechet_distance", lambda *_: 9.0)  # 2048 eigenvalues take seconds
-    script, *flags = (train_dit, "--size", "tiny", "--cond") if cond else (train_unet, "--backbone", "tiny")
-    make_checkpoint(tmp_path / "last.pt", script, *flags, "--data", tmp_path / "data")
+    make_checkpoint(tmp_path / "last.pt", train_dit, "--size", "tiny", "--cond", "--data", tmp_path / "data")
     run(fid, tmp_path, "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
-    out = capsys.readouterr().out
-    assert ("labels balanced" in out) == bool(cond) and "EMA weights of epoch 3" in out
-    assert f"wrote {tmp_path / 'fid.json'}" in out
-    assert re.fullmatch(r"FID 9\.00  IS \d+\.\d\d \+- \d+\.\d\d", out.splitlines()[-1])
     file = json.loads((tmp_path / "fid.json").read_text())
     result, = file["results"]
     want = {"fid": 9, "n": 2, "samples": str(tmp_path), "checkpoint": str(tmp_path / "last.pt"), "weights": "ema",
-            "epoch": 3, "step": 9, "seed": 0, "amp": "off", "steps": 2, **cond}  # fmt: skip
-    assert {key: result.get(key) for key in want} == want and ("labels" in result) == bool(cond)
+            "epoch": 3, "step": 9, "seed": 0, "amp": "off", "steps": 2, "labels": ["balanced"], "cfg": 1.5}  # fmt: skip
+    assert {key: result.get(key) for key in want} == want
     assert (file["resolution"], file["reference"]["dataset"], file["reference"]["count"]) == (16, "shapes", 6)
     assert len(list((tmp_path / "data/.fid").glob("shapes_train_16_*_fake.npz"))) == 1

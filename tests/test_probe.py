@@ -6,7 +6,6 @@ What heads, kNN, noise and flips do is replayed in test_protocols.py.
 import argparse
 import json
 import os
-import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FLOAT32, make_checkpoint, make_folder, refused, run
-from PIL import Image
+from conftest import FLOAT32, make_checkpoint, make_folder, refused, run, spy
 from torch import multiprocessing, nn
 
 import probe
@@ -48,11 +46,6 @@ def call(*argv):
     """The command in this process, on the CPU and quickly."""
     return run(probe, "--amp", "off", "--batch", 30, "--epochs", 2, *argv)
 
-def is_png(path):
-    image = Image.open(path)
-    image.load()
-    return image.format == "PNG" and min(image.size) > 100
-
 # ---- Protocol --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("trained", "diffusion", "want"), [
     (dict(backbone="ddpm", dataset="cifar100"), train_unet.DDPM(1e-3), (15, 4e-3, 512, 260)),
@@ -77,37 +70,28 @@ def test_the_protocol_is_that_of_tab_11(trained, diffusion, want):
     assert len(defaults("--loss").t) >= 10
     assert defaults("--dataset", "cifar10").epochs == 15 and defaults("--dataset", "stl10").epochs == 30
 
-@pytest.mark.parametrize(("fast", "want"), [(False, "off"), (True, "bf16")])
-def test_amp_auto_is_that_of_training(folder, monkeypatch, fast, want):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
+def test_amp_auto_is_that_of_training(folder, monkeypatch):
+    """bf16 where the processor has it; test_flags.py has one without."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     (result,) = call(folder / "A/epoch_1.pt", "--amp", "auto", "--epochs", 1, "--subset", 20)
-    assert result["protocol"]["amp"] == want
-
-def test_features_are_standardised_as_by_batchnorm(folder, monkeypatch):
-    """Over the training split, by the small number that torch adds to the variance."""
-    given, train_heads = [], probe.train_heads
-    monkeypatch.setattr(probe, "train_heads", lambda *args: given.append(args) or train_heads(*args))
-    call(folder / "A/epoch_1.pt", "--pixels", "--batchnorm", "--epochs", 1)
-    *_, mean, std = given[-1]  # of the pixels
-    feat = train_unet.to_x0(given[-1][1].images).flatten(1)
-    want = nn.BatchNorm1d(feat.shape[1], affine=False)(feat)
-    assert len(feat) == 80 and torch.allclose((feat - mean) / std, want, atol=2e-4)
+    assert result["protocol"]["amp"] == "bf16"
 
 @pytest.mark.parametrize("script", [train_unet, train_uvit, train_dit])
-def test_the_network_stops_after_the_last_layer_asked_for(script, tmp_path):
+def test_the_network_stops_after_the_last_layer_asked_for(script):
     """No later block runs, and what it gives is what the whole network gives, bit for bit, random tokens included."""
-    args, ran, counts = script.parse_args(["--backbone" if script is train_unet else "--size", "tiny"]), [], []
+    args = script.parse_args(["--backbone" if script is train_unet else "--size", "tiny"])
     net, diffusion = script.build(args)
     for p in net.parameters():
         nn.init.normal_(p, std=0.05)
     model = SimpleNamespace(net=net.eval(), diffusion=diffusion)
     x0, noise = torch.randn(2, 5, *net.shape, generator=torch.Generator().manual_seed(0))
-    pool, first, last = "gap" if script is train_unet else "token", net.layers[0], net.layers[-2]
+    pool, first, late = "gap" if script is train_unet else "token", net.layers[0], net.layers[-2]
     torch.manual_seed(1)
     whole = diffusion.features(net, x0, args.cl_t, noise, pool=pool)
-    for name, module in net.named_modules():
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    for layers in ([last, first], net.layers):
+    ran, counts = [], []
+    for module in net.modules():
+        module.register_forward_hook(lambda *_: ran.append(1))
+    for layers in ([late, first], net.layers):
         ran.clear()
         torch.manual_seed(1)
         feat = probe.Encoder(model, args.cl_t, {name: whole[name].shape[1] for name in layers}, pool)(x0, noise)
@@ -120,24 +104,25 @@ def test_grid_writes_table_json_and_picture(folder, tmp_path, figures, capsys):
     """Of two formulations, each with an axis of its own."""
     paths, where = (folder / "A/epoch_1.pt", folder / "edm.pt"), tmp_path / "grid"
     results = call(*paths, "--grid", "--t", 1, 66, "--pixels", "--cache", "--json", f"{where}.json")
-    lines = capsys.readouterr().out.splitlines()
-    said = {"EMA weights of epoch 1", "EMA weights of epoch 3", "epochs 2", "lr 0.004", "batch 30", "batchnorm False",
-            "cache True", "80 train, 24 test, 2 classes"}  # fmt: skip
-    assert not [words for words in said if words not in "\n".join(lines)]
-    pattern = r"top-1 (\d+\.\d\d) % \+- \d+\.\d\d \((\w+)(?:, (\w=\d+))?\), kNN (\d+\.\d\d) %"
-    told = [re.fullmatch(pattern, line).groups() for line in lines if line.startswith("top-1 ")]
-    layers = [f"out_{i + 1}" for i in range(6)]
-    want = [(layer, f"{symbol}={t}") for symbol in "ts" for t in (1, 66) for layer in layers]
-    assert [row[1:3] for row in told] == [*want[:12], ("pixels", None), *want[12:], ("pixels", None), told[-1][1:3]]
-    cells = [cell for result in results for cell in result["cells"]]
-    assert [row[::3] for row in told[:-1]] == [(f"{cell['linear']:.2f}", f"{cell['knn']:.2f}") for cell in cells]
-    assert lines[-4:-2] == [f"wrote {where}.json", f"wrote {where}.png"] and is_png(f"{where}.png")
-    assert told[-1] in told[:-1] and told[-1][1] != "pixels" and cells[-1]["level"] is None
-    assert json.loads(Path(f"{where}.json").read_text())["checkpoints"] == results
+    out = capsys.readouterr().out
+    for words in ("EMA weights of epoch 1", "EMA weights of epoch 3", "80 train, 24 test, 2 classes",
+                  "epochs 2, lr 0.004, batch 30, flip True, batchnorm False, cache True"):  # fmt: skip
+        assert words in out
+    want = [(f"out_{i}", level) for level in (1, 66) for i in range(1, 7)] + [("pixels", None)]
+    table = []
+    for result, symbol in zip(results, "ts", strict=True):
+        assert [(cell["layer"], cell["level"]) for cell in result["cells"]] == want
+        for cell in result["cells"]:
+            place = cell["layer"] if cell["level"] is None else f"{cell['layer']}, {symbol}={cell['level']:g}"
+            table.append(f"top-1 {cell['linear']:.2f} % +- {cell['linear_se']:.2f} ({place}), kNN {cell['knn']:.2f} %")
+    *told, best = [line for line in out.splitlines() if line.startswith("top-1 ")]
+    assert told == table and best in table
+    assert out.splitlines()[-4:-2] == [f"wrote {where}.json", f"wrote {where}.png"]
+    assert Path(f"{where}.png").is_file() and json.loads(Path(f"{where}.json").read_text())["checkpoints"] == results
     labels = [axes.get_xlabel() for axes in figures[0].axes[:2]]
     assert labels == ["noise level t (step of 1000)", "noise level s (sigma)"]
     (alone,) = call(paths[0], "--layer", "out_4", "--t", 66, "--cache")[0]["cells"]
-    assert alone in cells, "a cell depends on the rest of the grid"
+    assert alone in results[0]["cells"], "a cell depends on the rest of the grid"
 
 @pytest.mark.parametrize(("name", "pool", "layer"), [("A/epoch_1.pt", "gap", "out_2"), ("cls", "cls", "mid")])
 def test_features_of_both_splits(folder, tmp_path, name, pool, layer):
@@ -150,76 +135,53 @@ def test_features_of_both_splits(folder, tmp_path, name, pool, layer):
         assert np.allclose(stored[split], want, atol=FLOAT32) and stored[split].dtype == np.float32
         assert np.array_equal(stored[f"{split}_labels"], labels)
 
-def test_another_data_set(folder, tmp_path):
-    """Three classes, at 32 pixels: the network sees 16. Fewer training images than neighbours that would vote."""
-    make_folder(tmp_path, "other", classes="abc", n=5, size=(32, 32))
-    (result,) = call(folder / "A/epoch_1.pt", "--dataset", "other", "--data", tmp_path, "--batchnorm")
-    assert result["dataset"] == "other" and result["protocol"]["images"] == "15 train, 15 test, 3 classes"
-
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("none.pt", "none.pt does not exist"),
-        ("A/epoch_1.pt {}/none.pt", "none.pt does not exist"),
-        ("A/epoch_1.pt --layer out_99", "no layer out_99: choose --layer from out_1 out_2"),
-        ("A/epoch_1.pt {}/edm.pt --t 500", "edm.pt, --t: noise level 500: EDM takes"),
-        ("A/epoch_1.pt --t 11 1001", "--t: noise level 1001: DDPM takes"),
-        ("A/epoch_1.pt --t nan", "noise level nan"),
-        ("A/epoch_1.pt --pool cls", "epoch_1.pt has no --pool cls"),
-        ("A/epoch_1.pt --data {}/nowhere", "nowhere"),
-        ("A/epoch_1.pt --dataset flat", "flat has no classes"),
-        (5000 * "x", "File name too long"),
-        ("A/epoch_1.pt --json {}", "cannot write"),
-        ("A/epoch_1.pt --plot {}/nowhere/a.png", "cannot write"),
-        ("A/epoch_1.pt --features {}/rf.pt/f.npz", "cannot write"),
-        ("A/epoch_1.pt --grid --layer out_1", "not allowed with argument"),
-        ("A/epoch_1.pt --amp fp8", "invalid choice: 'fp8'"),
-        ("A/epoch_1.pt --plot a.txt", "FILE.png"),
-        ("A/epoch_1.pt --lr 0", "above 0"),
-        ("A/epoch_1.pt --lr nan", "above 0"),
-        (f"A/epoch_1.pt --batch {'9' * 30}", "above 0"),
-        ("A/epoch_1.pt --pool gap cls --t 1 2", "go with one --t"),
-        ("A/epoch_1.pt {}/edm.pt --loss --t 1", "differ in formulation"),
-        ("rf.pt {}/dit.pt --loss --t 0.5", "differ in formulation"),  # of both losses only the DiT's has a cosine
-        ("A/epoch_1.pt --loss --features {}/f.npz", "not go with --loss"),
-        ("A/epoch_1.pt --loss --subset 1", "--loss needs two test images or more, mini has 1"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), [
+    ("A/epoch_1.pt {}/none.pt", "none.pt does not exist"),
+    ("A/epoch_1.pt --layer out_99", "no layer out_99: choose --layer from out_1 out_2"),
+    ("A/epoch_1.pt {}/edm.pt --t 500", "edm.pt, --t: noise level 500: EDM takes"),
+    ("A/epoch_1.pt --t 11 1001", "--t: noise level 1001: DDPM takes"),
+    ("A/epoch_1.pt --pool cls", "epoch_1.pt has no --pool cls"),
+    ("A/epoch_1.pt --data {}/nowhere", "nowhere"),
+    ("A/epoch_1.pt --dataset flat", "flat has no classes"),
+    ("A/epoch_1.pt --json {}", "cannot write"),
+    ("A/epoch_1.pt --plot {}/nowhere/a.png", "cannot write"),
+    ("A/epoch_1.pt --grid --layer out_1", "not allowed with argument"),
+    ("A/epoch_1.pt --plot a.txt", "FILE.png"),
+    ("A/epoch_1.pt --lr 0", "above 0"),
+    ("A/epoch_1.pt --lr nan", "above 0"),
+    ("A/epoch_1.pt --pool gap cls --t 1 2", "go with one --t"),
+    ("rf.pt {}/dit.pt --loss --t 0.5", "differ in formulation"),  # of both losses only the DiT's has a cosine
+    ("A/epoch_1.pt --loss --features {}/f.npz", "not go with --loss"),
+    ("A/epoch_1.pt --loss --subset 1", "--loss needs two test images or more, mini has 1"),
+])
 def test_mistakes_end_with_one_line_before_the_work(folder, capsys, monkeypatch, argv, message):
     monkeypatch.setattr(probe, "train_heads", None)
     before = [*folder.iterdir(), *(folder / "A").iterdir()]
     assert message in refused(capsys, call, *f"{{}}/{argv}".format(*9 * [folder]).split())
     assert [*folder.iterdir(), *(folder / "A").iterdir()] == before, "an empty file is left"
 
-LOG = '{"step": 0, "args": {"batch": 8, "dataset": "mini"}}\n{"step": 9, "loss_unweighted": 1.5}\n'
-DAMAGED_LOGS = [None, LOG[:60], LOG.replace("unweighted", "diffusion"), LOG.replace("8", '"many"'),
-                LOG.replace("{", "[").replace("}", "]}"), "\0\xff" * 99]  # fmt: skip
-ROW = '{"results": [{"checkpoint": "a/b.pt", "epoch": 1, "dataset": "mini", "fid": 2, "cells": [{"linear": 1}]}]}'
-DAMAGED_RESULTS = [None, "[1, 2", "[]", '{"results": [7]}', ROW.replace("checkpoint", "file"), ROW,
-                   ROW.replace("2", "{}"), ROW.replace('"epoch": 1', '"epoch": "last"')]  # fmt: skip
+ROW = '{"results": [{"checkpoint": "a/b.pt", "epoch": 1, "fid": 2}]}'
 
-@pytest.mark.parametrize(("name", "text"), [*(("metrics.jsonl", text) for text in DAMAGED_LOGS),
-                                            *(("a.json", text) for text in DAMAGED_RESULTS)])
-def test_damaged_logs_and_results_are_told_in_one_line(tmp_path, capsys, name, text):
-    """Missing, cut, of an earlier version, of other types, or no text at all."""
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("metrics.jsonl", None, "does not exist"),
+    ("metrics.jsonl", '{"step": 0, "args": {"batch": 8}}', "has no line of a step yet"),
+    ("metrics.jsonl", '{"step": 0, "args": {"batch": 8}}\n{"step": 9, "loss": 1.5}', "is damaged"),
+    ("a.json", None, "does not exist"),
+    ("a.json", ROW[:-2], "is damaged"),
+    ("a.json", ROW.replace("checkpoint", "file"), "is damaged"),
+])
+def test_logs_and_results_that_cannot_be_drawn(tmp_path, capsys, name, text, says):
+    """Missing, begun, cut, of an earlier version, or another program's."""
     if text is not None:
         (tmp_path / name).write_text(text)
-    error = refused(capsys, call, *([tmp_path, "--curves"] if name == "metrics.jsonl" else [tmp_path / name]))
-    says = "does not exist" if text is None else "is damaged|has no line of a step yet|no checkpoint has both"
-    assert re.match(rf"error: ({tmp_path / name} )?({says})", error), error
-    assert [path.name for path in tmp_path.iterdir()] == [name] * (text is not None)
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
-def test_a_full_disk_is_told_in_one_line(folder, capsys):
-    assert "No space left" in refused(capsys, call, folder / "A/epoch_1.pt", "--json", "/dev/full")
+    argv = [tmp_path, "--curves"] if name == "metrics.jsonl" else [tmp_path / name]
+    assert f"{tmp_path / name} {says}" in refused(capsys, call, *argv)
+    assert not [*tmp_path.glob("*.png")]
 
 # ---- Held-out loss ---------------------------------------------------------------------------------------------------
 class RF(nn.Module):
-    """A formulation, named for its levels, with a loss in closed form; run 1's is lower. Keeps the noise it was given.
-
-    net is the number of the run.
-    """
+    """A formulation with a loss in closed form, lower for run 1 (net is its number). Keeps the noise it was given."""
 
     seen = ({}, {})
 
@@ -251,7 +213,6 @@ def test_heldout_loss_is_the_mean_over_images_and_pairs_two_runs(monkeypatch):
         assert a["loss_se"][row] == pytest.approx(loss.std().item() / 50, rel=0.25)  # 100 blocks know it to 7 %
         assert b["difference"][row] == pytest.approx(lower.mean().item(), abs=2e-5)
         assert b["difference_se"][row] == pytest.approx(lower.std().item() / 50, rel=0.25)
-        assert b["difference_se"][row] < 0.03 * b["loss_se"][row]
     assert a["n_images"] == 2500 and np.shape(a["blocks"]) == (2, 100)
 
 def test_heldout_loss_of_a_network_by_hand(folder, tmp_path):
@@ -268,25 +229,14 @@ def test_heldout_loss_of_a_network_by_hand(folder, tmp_path):
         assert result["loss"][0] == pytest.approx(each.mean().item(), rel=1e-4)
         assert result["levels"] == [300] and result["n_images"] == 24
         assert result["loss_se"][0] > 0, "two blocks are the least"
-    assert json.loads(file.read_text())["checkpoints"] == results and is_png(tmp_path / "l.png")
-
-def test_edms_uncertainty_stays_out_of_the_heldout_loss(folder):
-    """At raw output 0 the denoised image is c_skip x_t, so that the loss has a closed form, whatever u(sigma) is."""
-    model = probe.load_checkpoint(folder / "edm.pt")
-    nn.init.constant_(model.diffusion.uncertainty.linear.weight, 3.0)
-    args = probe.parse_args([str(folder / "edm.pt"), "--loss", "--amp", "off", "--t", "0.0020", "0.5"])
-    result = probe.heldout_loss(model, args, torch.device("cpu"))
-    x0 = train_unet.load_data(model.args, "test")[0] / 127.5 - 1
-    assert result["loss"][0] == pytest.approx(1, abs=0.02)  # almost clean: c_skip x_t - x0 is the noise
-    assert result["loss"][1] == pytest.approx(0.5 * (x0.square().mean().item() / 0.25 + 1), rel=0.02)
+    assert json.loads(file.read_text())["checkpoints"] == results and (tmp_path / "l.png").is_file()
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def figures(monkeypatch):
     """Every figure that is saved."""
-    kept, save = [], probe.Figure.savefig
-    monkeypatch.setattr(probe.Figure, "savefig", lambda self, *args, **kwargs: (kept.append(self),
-                                                                               save(self, *args, **kwargs)))
+    kept = []
+    spy(monkeypatch, probe.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
     return kept
 
 def lines_of(axes):
@@ -298,13 +248,12 @@ def texts(labels):
     return [" ".join(label.get_text().split()) for label in labels]
 
 def test_layer_epoch_maps_run_beside_run(folder, figures):
-    """In the order of the command line."""
     paths = [folder / name / f"epoch_{epoch}.pt" for name in "BA" for epoch in (2, 1)]
     results = call(*paths, "--grid", "--t", 11, "--subset", 30, "--batchnorm", "--lr", 0.1)
     accuracies = [cell["linear"] for result in results for cell in result["cells"]]
     *maps, bar = figures[0].axes
     assert figures[0].get_suptitle() == "mini" and "accuracy" in bar.get_ylabel()
-    assert is_png(folder / "B/probe_grid_B-epoch_2-B-epoch_1-A-epoch_2-A-epoch_1.png")
+    assert (folder / "B/probe_grid_B-epoch_2-B-epoch_1-A-epoch_2-A-epoch_1.png").is_file()
     for axes, name, group in zip(maps, "BA", (results[:2], results[2:]), strict=True):
         want = [[cell["linear"] for cell in result["cells"]] for result in group]
         assert np.array_equal(axes.images[0].get_array().T, want)
@@ -317,16 +266,16 @@ def test_layer_epoch_maps_run_beside_run(folder, figures):
 def test_several_poolings_with_and_without_cls(folder, tmp_path, figures, capsys):
     argv = folder / "plain", folder / "cls", "--grid", "--pool", "gap", "token", "cls"
     results = call(*argv, "--subset", 30, "--json", tmp_path / "fig4.json")
-    assert is_png(tmp_path / "fig4.png")  # beside the JSON file
+    assert (tmp_path / "fig4.png").is_file()  # beside the JSON file
     assert f"note: {folder}/plain/last.pt: no --pool cls" in capsys.readouterr().out
     want = ["plain, epoch 3: ddpm tiny", "cls, epoch 3: ddpm tiny --cls-token"]
     assert [axes.get_title() for axes in figures[0].axes] == want
     assert [result["pools"] for result in results] == [["gap", "token"], ["gap", "token", "cls"]]
     for axes, result in zip(figures[0].axes, results, strict=True):
-        assert lines_of(axes) == {probe.POOLS[pool]: [result["layers"], [
-            cell["linear"] for cell in result["cells"] if cell["pool"] == pool]] for pool in result["pools"]}
-    (alone,) = call(folder / "cls", "--layer", "mid", "--pool", "cls", "--subset", 30)[0]["cells"]
-    assert alone in results[1]["cells"]
+        assert len(lines_of(axes)) == len(result["pools"])
+        for pool in result["pools"]:
+            accuracies = [cell["linear"] for cell in result["cells"] if cell["pool"] == pool]
+            assert lines_of(axes)[probe.POOLS[pool]] == [result["layers"], accuracies]
 
 def test_fid_against_accuracy(tmp_path, figures, capsys):
     """Two runs, files of different order, a checkpoint that only one of the tools has seen."""
@@ -348,15 +297,12 @@ def test_fid_against_accuracy(tmp_path, figures, capsys):
     assert lines_of(axes) == {"a, edm tiny": [[7.5, 6.5], [60, 62]], "b, edm tiny": [[9], [50]]}
     marks = {(text.get_text(), *text.xy) for text in axes.texts}
     assert marks == {("epoch 400", 6.5, 62), ("epoch 200", 7.5, 60), ("epoch 200", 9, 50)}
-    assert figures[0].get_suptitle() == "mini" and is_png(tmp_path / "fid.png")
+    assert figures[0].get_suptitle() == "mini" and (tmp_path / "fid.png").is_file()
     (tmp_path / "f.json").write_text(json.dumps({"results": results[3:]}))
     assert "no checkpoint has both" in refused(capsys, call, *argv)
 
 def log_of(folder, steps, batch, loss_of, model="edm", dataset="mini"):
-    """Write the metrics.jsonl of a run that goes on: a resume in its middle, its last line half written.
-
-    The weighted losses in it are nonsense.
-    """
+    """Write a metrics.jsonl: with a resume in its middle, half a line at its end, weighted losses of nonsense."""
     flags = {"batch": batch, "dataset": dataset, "model": model, "backbone": "tiny"}
     lines = [{"step": 0, "args": flags}]
     for step in range(10, steps + 10, 10):
@@ -367,8 +313,7 @@ def log_of(folder, steps, batch, loss_of, model="edm", dataset="mini"):
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + f'\n{{"step": {steps + 10}, "lo')
 
 def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
-    """A running mean leaves a straight line as it is. A jump after as many images is as steep in a short run of small
-    batches as in a long one; data sets are named."""
+    """A straight line stays as it is; a jump after as many images is as steep in a run of small batches as of large."""
     log_of(tmp_path / "line", 1000, 64, lambda images: 2 - images / 64000)
     log_of(tmp_path / "short", 2000, 8, lambda images: float(images > 8000))
     log_of(tmp_path / "long", 1000, 64, lambda images: float(images > 8000), dataset="other")
@@ -390,35 +335,26 @@ def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
     assert "differ in formulation" in refused(capsys, call, tmp_path / "short", tmp_path / "rf", "--curves")
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
-def probe_as_rank(rank, port, out, argv):
-    """Blocks are so small that both ranks have some. Saves the heads of the last level. port: None if alone."""
-    if port:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)  # fmt: skip
+def probe_as_rank(rank, world, port, out, argv):
+    """Blocks are so small that both ranks have some. Saves the heads of the last level."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     train_heads, probe.NOISE_BLOCK = probe.train_heads, 16
     probe.train_heads = lambda *a: torch.save((heads := train_heads(*a)).state_dict(), f"{out}_{rank}.pt") or heads
-    call(*argv, "--json", f"{out}.json", "--features", f"{out}.npz")
+    call(*argv, "--features", f"{out}.npz")
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(folder, tmp_path, monkeypatch):
+def test_two_ranks_equal_one(folder, tmp_path):
     """An odd batch, a last one of a single image, blocks that do not divide, standardised features, several layers."""
     argv = [folder / "A/epoch_1.pt", "--layer", "out_1", "out_5", "--t", 11, 130, "--batchnorm", "--batch", 13]
     argv += ["--subset", 79]
-    for name in ("NOISE_BLOCK", "train_heads"):
-        monkeypatch.setattr(probe, name, getattr(probe, name))  # as they were, after this test
-    probe_as_rank(0, None, tmp_path / "one", argv)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    multiprocessing.spawn(probe_as_rank, (port, tmp_path / "two", argv), nprocs=2)
+    for name, ranks in (("one", 1), ("two", 2)):
+        multiprocessing.spawn(probe_as_rank, (ranks, port, tmp_path / name, argv), nprocs=ranks)
     one, two, other = (torch.load(tmp_path / name) for name in ("one_0.pt", "two_0.pt", "two_1.pt"))
     for name, value in one.items():
         assert torch.equal(two[name], other[name]) and torch.allclose(value, two[name], rtol=1e-3, atol=5e-5), name
     one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
     assert all(np.allclose(one[name], two[name], atol=FLOAT32) for name in one)
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["checkpoints"][0] for name in ("one", "two"))
-    for a, b in zip(one.pop("cells"), two.pop("cells"), strict=True):
-        near = {key: pytest.approx(a.pop(key), abs=200.1 / 24) for key in ("linear", "linear_se", "knn")}
-        assert b == a | near
-    assert one == two

@@ -2,12 +2,13 @@
 
 import importlib
 import re
-import sys
 
 import pytest
 import study
 import torch
-from conftest import ROOT, load, shrink
+from conftest import ROOT, load, run, shrink
+
+import sample
 
 POINTS = {  # [P] Tab. 10: (model, backbone, CIFAR-10?) -> layer; level
     ("ddpm", "ddpm", True): ("out_6", 11), ("ddpm", "ddpm", False): ("out_6", 11),
@@ -17,8 +18,7 @@ POINTS = {  # [P] Tab. 10: (model, backbone, CIFAR-10?) -> layer; level
     ("edm", "ddpmpp", True): ("out_9", 0.06), ("edm", "ddpmpp", False): ("out_8", 0.06),
     ("rf", "ddpmpp", True): ("out_8", 0.06), ("rf", "ddpmpp", False): ("out_8", 0.06),
 }  # fmt: skip
-EMA = {"ddpm": 0.9999, "edm": 0.9993, "rf": 0.9999}  # [P] Tab. 8
-WARMUP = {"ddpm": 13, "edm": 200, "rf": 13}  # epochs, [P] Tab. 11
+AVERAGE = {"ddpm": (0.9999, 13), "edm": (0.9993, 200), "rf": (0.9999, 13)}  # --ema, [P] Tab. 8; warm-up, Tab. 11
 DIT = {  # [P] Tab. 10, 11: (data set, class-conditional) -> layer, epochs
     ("imagenet100", False): ("8", 1400), ("imagenet100", True): ("8", 1000),
     ("imagenet", False): ("9", 90), ("imagenet", True): ("10", 90),
@@ -42,10 +42,7 @@ def recipes():
                     found.append((script, f"{common} {flags} {extra}".split(), numbers))
     return found
 
-def ids(value):
-    return " ".join(value) if isinstance(value, list) else None
-
-@pytest.mark.parametrize(("script", "flags", "numbers"), recipes(), ids=ids)
+@pytest.mark.parametrize(("script", "flags", "numbers"), recipes(), ids=str)
 def test_recipe_is_the_papers_run(script, flags, numbers, tmp_path):
     (tmp_path / "vavae.pt").write_bytes(b"any")
     flags = [{"vavae.pt": f"{tmp_path}/vavae.pt", "DIR": f"{tmp_path}/latents"}.get(flag, flag) for flag in flags]
@@ -56,10 +53,12 @@ def test_recipe_is_the_papers_run(script, flags, numbers, tmp_path):
     epochs = 1200 if "1200" in flags else 2000
     if script == "train_unet":
         layer, level = POINTS[args.model, args.backbone, args.dataset == "cifar10"]
-        layer, level = (layer, level) if small else ("out_5", 0.2964)
-        level = float(flags[flags.index("--cl-t") + 1]) if "--cl-t" in flags else level
+        if not small:
+            layer, level = "out_5", 0.2964
+        if "--cl-t" in flags:
+            level = float(flags[flags.index("--cl-t") + 1])
         assert got == (512 if args.backbone == "ddpm" else 256, epochs, 4e-4, layer, level)
-        assert (args.ema, args.warmup) == (EMA[args.model], WARMUP[args.model])
+        assert (args.ema, args.warmup) == AVERAGE[args.model]
     elif script == "train_uvit":
         assert got == (256, epochs, 4e-4, *(("out_2", 11) if small else ("out_1", 66)))
         assert (args.ema, args.warmup, args.patch, args.size) == (0.9999, 13, 2 if small else 4, "S")
@@ -72,11 +71,13 @@ def test_recipe_is_the_papers_run(script, flags, numbers, tmp_path):
     assert script == "train_dit" or args.aug == (0.12 if contrast or "--aug" in flags else 0)
 
 def test_all_rows_are_there():
-    """28 rows of CIFAR with UNets and U-ViT, their A and C, 64 pixels, latents, ablations (a) to (d)."""
+    """28 rows of CIFAR with UNets and U-ViT, their A and C, 64 pixels, latents, ablations (a) to (d); five claims."""
     scripts = [script for script, *_ in recipes()]
     count = {name: scripts.count(name) for name in sorted(set(scripts))}
     assert count == {"train_unet": 14 * 2 + 14 + 9 + 7, "train_uvit": 14, "train_dit": 8}
+    assert [script for script, *_ in CLAIMS] == ["train_uvit"] * 3 + ["train_unet", "train_dit"]
 
+CLAIMS = re.findall(r"\| `(train_\w+)\.py`, `[\w.]+` \| `([^`]+)` \| `([^`]+)` \|", TEXT)
 INLINE = re.findall(r"`((?:sample|probe|fid)\.py\s[^`]+)`", TEXT)
 BLOCKS = re.findall(r"((?:sample|probe|fid)\.py [^&#\n]+)", "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)))
 
@@ -92,18 +93,13 @@ def test_study_is_what_its_runs_say():
     found = {(run["part"], run["variant"], run["seed"]): run for run in study.RUNS}
     assert len(found) == len(study.RUNS) and all(f"--seed {seed}" in run["train"] for (*_, seed), run in found.items())
 
-CLAIMS = re.findall(r"\| `(train_\w+)\.py`, `[\w.]+` \| `([^`]+)` \| `([^`]+)` \|", TEXT)
-UVIT = ["--size", "tiny", "--cls-token", "--aug", "0.5"]
-
 @pytest.mark.parametrize(("script", "before", "after"), CLAIMS, ids=[after for *_, after in CLAIMS])
 def test_claim_that_a_changed_line_tries(script, before, after, tmp_path, monkeypatch):
     """The copy with the changed line trains, and trains differently; guidance of three channels leaves the others."""
     text = (ROOT / f"{script}.py").read_text()
     assert text.count(before) == 1
     (tmp_path / "changed.py").write_text(text.replace(before, after))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "changed", raising=False)
-    ours, changed = importlib.import_module(script), importlib.import_module("changed")
+    ours, changed = importlib.import_module(script), sample.import_script("changed", tmp_path / "changed.py")
     if script == "train_dit":
         x, y = torch.randn(2, 5, 4, 4), torch.zeros(2, dtype=torch.long)
 
@@ -113,15 +109,11 @@ def test_claim_that_a_changed_line_tries(script, before, after, tmp_path, monkey
         one, other = (module.LatentRF().velocity(net, x, 0.5, y, cfg=3.0) for module in (ours, changed))
         assert one[:, :3].equal(other[:, :3]) and other[:, 3:].equal(-2 * x[:, 3:]) and not one.equal(other)
         return
-    flags = UVIT if script == "train_uvit" else ["--backbone", "tiny", "--model", "edm", "--aug", "0.5"]
+    size = ["--size", "tiny", "--cls-token"] if script == "train_uvit" else ["--backbone", "tiny", "--model", "edm"]
     ends = []
     for module in (ours, changed):
         for name, value in shrink(module).items():
             monkeypatch.setattr(module, name, value)
-        out = tmp_path / module.__name__
-        module.main(module.parse_args([*flags, "--batch", "8", "--max-steps", "3", "--out", str(out)]))
-        ends.append(load(out)["model"])
+        run(module, *size, "--aug", 0.5, "--batch", 8, "--max-steps", 3, "--out", tmp_path / module.__name__)
+        ends.append(load(tmp_path / module.__name__)["model"])
     assert ends[0].keys() == ends[1].keys() and any(not ends[0][k].equal(ends[1][k]) for k in ends[0])
-
-def test_all_claims_are_there():
-    assert [script for script, *_ in CLAIMS] == ["train_uvit"] * 3 + ["train_unet", "train_dit"]

@@ -60,64 +60,44 @@ def test_a_block_is_one_problem_however_it_is_cut(tmp_path, model, evaluations):
     assert calls == again == (evaluations or calls) > 6
     assert all(gap(image, whole[i]) <= 1 for i, image in images.items())
 
-def test_amp_changes_the_images_by_little(tmp_path):
-    model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
-    images, low = (torch.stack(list(draw(model, 4, steps=3, amp=amp)[0].values())) for amp in (None, torch.bfloat16))
-    assert 0 < (images.float() - low.float()).abs().mean() < 1 and gap(images, low) < 12
-
-def test_features_can_train_a_head(tmp_path):
-    """The network is frozen; what it returns is an ordinary tensor that a head can learn from."""
-    model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
-    feat = model.diffusion.features(model.net, torch.zeros(2, 3, 16, 16), 0.06, torch.randn(2, 3, 16, 16))["out_1"]
-    head = torch.nn.Linear(feat.shape[1], 2)
-    head(feat).sum().backward()
-    assert head.weight.grad.any() and not any(p.requires_grad for p in model.net.parameters())
-
-GRAPHS = (
-    (T, [*TINY, "--self-cond", "--layer", "out_1"], {"steps": 2}),
-    (T, ["--backbone", "tiny", "--resolution", "8"], {"steps": 2}),
-    (T, ["--backbone", "tiny", "--resolution", "8", "--model", "rf"], {}),
-    (train_dit, ["--size", "tiny", "--cond", "--self-cond"], {"steps": 2, "batch": 2}),
-)
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "flags", "options"), GRAPHS)
-def test_one_graph_for_all_blocks(script, flags, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("script", "flags"), [(T, [*TINY, "--self-cond", "--layer", "out_1"]),
+                                               (train_dit, ["--size", "tiny", "--cond", "--self-cond"])])
+def test_one_graph_for_all_blocks(script, flags, tmp_path, monkeypatch):
     """What is compiled is compiled once: for whole pieces, of all blocks and checkpoints; the rest runs as it is."""
     monkeypatch.setattr(sample, "BLOCK", 4)
     monkeypatch.setitem(T.BACKBONES, "tiny", {"width": 32, "mult": (1,), "blocks": 1, "biggan": False})
     monkeypatch.setitem(train_dit.SIZES, "tiny", (64, 3, 4))
     path, counter = make_checkpoint(tmp_path / "a.pt", script, *flags), CompileCounter()
     models = [sample.load_checkpoint(path) for _ in range(2)]
-    for model in models:
-        model.net.to(memory_format=torch.channels_last)  # as on a GPU
     torch._dynamo.reset()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-        compiled = [draw(model, 11, compile=True, **options)[0] for model in models]
+        compiled = [draw(model, 11, compile=True, steps=2, batch=2)[0] for model in models]
     torch._dynamo.reset()
     assert counter.frame_count == 1 and counter.op_count > 10
-    monkeypatch.setattr(torch, "compile", None)
-    plain, _ = draw(models[0], 4 * 9 if options else 11, **options)  # a CPU compiles only when it is told to
+    plain, _ = draw(models[0], 11, steps=2)
     assert all(gap(image, plain[i]) <= 1 for images in compiled for i, image in images.items())
 
 # ---- What is written -------------------------------------------------------------------------------------------------
-def test_folder_npz_and_grid_hold_the_same_images(tmp_path, capsys):
-    path = unet(tmp_path / "run/last.pt")
-    flags = ["--n", 5, "--steps", 2]
+def test_folder_npz_and_grid_hold_the_same_images(tmp_path, capsys, monkeypatch):
+    """In order, in six blocks."""
+    monkeypatch.setattr(sample, "BLOCK", 2)
+    path, flags = unet(tmp_path / "run/last.pt"), ["--n", 12, "--steps", 2]
     run(sample, tmp_path / "run", *flags, "--out", tmp_path / "png")
-    run(sample, path, *flags, "--out", tmp_path / "five.npz")
+    run(sample, path, *flags, "--out", tmp_path / "twelve.npz")
     run(sample, path, *flags)
-    files, arrays = sorted((tmp_path / "png").iterdir()), np.load(tmp_path / "five.npz")["arr_0"]
-    assert len(files) == 5 and arrays.shape == (5, 16, 16, 3) and arrays.dtype == np.uint8
+    files, arrays = sorted((tmp_path / "png").iterdir()), np.load(tmp_path / "twelve.npz")["arr_0"]
+    assert len(files) == 12 and arrays.shape == (12, 16, 16, 3) and arrays.dtype == np.uint8
     assert all(np.array_equal(Image.open(file), array) for file, array in zip(files, arrays, strict=True))
     picture = np.asarray(Image.open(tmp_path / "run/samples.png"))
-    assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, 3)  # 16 pixels are enlarged to 64
+    assert picture.shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # 16 pixels are enlarged to 64
     assert np.array_equal(picture[2:66, 2:66], arrays[0].repeat(4, 0).repeat(4, 1))
-    assert np.array_equal(picture[68:132, 68:132], arrays[4].repeat(4, 0).repeat(4, 1))
+    assert np.array_equal(picture[68:132, 68:132], arrays[5].repeat(4, 0).repeat(4, 1))
     said = capsys.readouterr().out
     assert "EMA weights of epoch 3 (step 9)" in said and "NFE 3" in said and "labels" not in said
-    assert f"wrote {tmp_path / 'five.npz'}" in said and said.splitlines()[-1] == f"wrote {tmp_path / 'run/samples.png'}"
+    assert f"wrote {tmp_path / 'twelve.npz'}" in said
+    assert said.splitlines()[-1] == f"wrote {tmp_path / 'run/samples.png'}"
 
 def test_comparisons_have_rows_with_names_and_files_of_their_own(tmp_path):
     """Rows share their noise and have the command line's order; a run's own picture stays as it is."""
@@ -167,13 +147,11 @@ def test_two_ranks_write_what_one_writes(tmp_path):
     path, flags = unet(tmp_path / "a.pt"), ["--n", "300", "--steps", "1"]  # two blocks
     run(sample, path, *flags, "--out", tmp_path / "1.npz")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # else torchrun takes --n
-    for out in ("2.npz", "png"):
-        command = [sys.executable, "-m", *torchrun, ROOT / "sample.py", path, *flags, "--out", tmp_path / out]
-        subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", *torchrun, ROOT / "sample.py", path, *flags, "--out", tmp_path / "2.npz"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one, two = (np.load(tmp_path / f"{ranks}.npz")["arr_0"] for ranks in (1, 2))
-    pngs = np.stack([np.asarray(Image.open(tmp_path / f"png/{i:06d}.png")) for i in range(300)])
-    assert one.shape == (300, 16, 16, 3) and gap(one, two) <= 1 and gap(one, pngs) <= 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["1.npz", "2.npz", "a.pt", "png"]  # no parts are left
+    assert one.shape == (300, 16, 16, 3) and gap(one, two) <= 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["1.npz", "2.npz", "a.pt"]  # no parts are left
 
 # ---- Checkpoints and scripts -----------------------------------------------------------------------------------------
 def change(path, **entries):
@@ -181,22 +159,18 @@ def change(path, **entries):
     torch.save(torch.load(path, weights_only=True) | entries, path)
 
 def test_a_script_of_the_persons_own(tmp_path, capsys):
-    """A renamed copy is run where --script names it, and only there; one edited since gives a warning."""
+    """A renamed copy is run where --script names it, and only there; a script edited since gives a warning."""
     path, script = unet(tmp_path / "x.pt"), tmp_path / "my_unet.py"
     script.write_text((ROOT / "train_unet.py").read_text())
-    flags = [path, "--n", 1, "--steps", 2]
-    change(path, script_hash=T.SCRIPT_HASH)
-    run(sample, *flags, "--out", tmp_path / "a.npz")
     change(path, script="my_unet", script_hash=hashlib.sha256(script.read_bytes()).hexdigest()[:16])
-    assert "none.py does not exist" in refused(capsys, run, sample, *flags, "--script", tmp_path / "none.py")
-    run(sample, *flags, "--out", tmp_path / "b.npz", "--script", script)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert "none.py does not exist" in refused(capsys, run, sample, path, "--script", tmp_path / "none.py")
+    run(sample, path, "--n", 1, "--steps", 1, "--script", script)
     assert "edited" not in capsys.readouterr().err
     script.write_text(script.read_text() + "# edited\n")
-    sample.load_checkpoint(path, script_file=script)
+    assert sample.load_checkpoint(path, script_file=script).script.__file__ == str(script)
     assert "my_unet.py has been edited since it wrote" in capsys.readouterr().err
     change(path, script="train_unet", script_hash="0" * 16)
-    sample.load_checkpoint(path)
+    assert sample.load_checkpoint(path, script_file=script).script is T
     assert "train_unet.py has been edited since it wrote" in capsys.readouterr().err
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -206,13 +180,10 @@ MISTAKES = (
     ("a.pt cond.pt --cfg 2 --out rows.png", "--cfg"),
     ("a.pt cond.pt --vae x.pt --out rows.png", "--vae"),
     ("cond.pt --labels 10", "--labels 10: the classes of cond.pt are 0 to 9, or solid triangle"),
-    ("cond.pt --labels -1", "--labels"),
     ("cond.pt --labels 3 random", "--labels random"),
     ("a.pt --out dir.png", "dir.png exists"),
     ("a.pt --out a.pt", "a.pt exists"),
-    ("a.pt --out a.pt/a.png", "a.pt"),
     ("a.pt --out a.jpg", "pictures are PNG"),
-    ("a.pt --out a.PNG", "pictures are PNG"),
 )
 
 @pytest.mark.parametrize(("flags", "says"), MISTAKES)
@@ -223,27 +194,16 @@ def test_mistakes_show_before_the_first_image(flags, says, tmp_path, capsys, mon
     make_checkpoint(tmp_path / "cond.pt", train_uvit, *UVIT)
     (tmp_path / "dir.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    for script in (T, train_uvit):
-        monkeypatch.setattr(script.DDPM, "sample", lambda self, net, noise, steps=100, y=None: pytest.fail("sampled"))
-    monkeypatch.setattr(T.EDM, "sample", lambda self, net, noise, steps=18, y=None: pytest.fail("sampled"))
+    monkeypatch.setattr(sample, "image_noise", None)
     assert says in refused(capsys, run, sample, *flags.split()) and sorted(tmp_path.rglob("*")) == before
 
-def test_mistakes_raise_what_a_notebook_shows(tmp_path):
-    model = sample.load_checkpoint(unet(tmp_path / "a.pt"))
-    with pytest.raises(sample.UserError, match="does not exist"):
-        sample.load_checkpoint(tmp_path / "none.pt")
-    for options in ({"cfg": 2.0}, {"labels": [1]}, {"vae": "x.pt"}):
-        with pytest.raises(sample.UserError):  # at once, not with the first block
-            sample.generate(model, 1, **options)
-
-def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
-    def interrupt(self, net, noise, y=None):
+def test_ctrl_c_is_one_line(capsys):
+    def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(T.EDM, "sample", interrupt)
     with pytest.raises(SystemExit) as stop:
-        run(sample, unet(tmp_path / "a.pt"), "--n", 1)
-    assert stop.value.code == 130 and "error: stopped by Ctrl-C" in capsys.readouterr().err
+        sample.run_tool(interrupt, None)
+    assert stop.value.code == 130 and capsys.readouterr().err.strip() == "error: stopped by Ctrl-C"
 
 @pytest.mark.parametrize("name", ["a.npz", "a.png", "folder"])
 def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):
@@ -255,10 +215,9 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):
     assert "File too large" in line
 
 def test_random_labels_are_drawn_apart_from_the_noise():
-    """Image i's label follows from (seed, i), evenly over classes, and not from the numbers of its noise."""
+    """Evenly over classes, and not from the numbers of image i's noise."""
     labels = sample.class_labels(range(3000), 10, "random", seed=5)
-    assert labels.equal(torch.cat([sample.class_labels([i], 10, "random", seed=5) for i in range(3000)]))
     assert (labels.bincount(minlength=10) - 300).abs().max() < 90  # 5.5 standard deviations
     noises_own = [int(np.random.default_rng((5, i)).integers(10)) for i in range(3000)]
     agree = (labels == torch.tensor(noises_own)).float().mean()
-    assert 0.05 < agree < 0.15 and not labels.equal(sample.class_labels(range(3000), 10, "random", seed=6))
+    assert 0.05 < agree < 0.15
