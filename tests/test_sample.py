@@ -215,8 +215,10 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):
     assert "File too large" in line
 
 def test_random_labels_are_drawn_apart_from_the_noise():
-    """Evenly over classes, and not from the numbers of image i's noise."""
+    """Evenly over classes, by (seed, i) alone, and not from the numbers of image i's noise."""
     labels = sample.class_labels(range(3000), 10, "random", seed=5)
+    assert labels[20:].equal(sample.class_labels(range(20, 3000), 10, "random", seed=5))
+    assert not labels.equal(sample.class_labels(range(3000), 10, "random", seed=6))
     assert (labels.bincount(minlength=10) - 300).abs().max() < 90  # 5.5 standard deviations
     noises_own = [int(np.random.default_rng((5, i)).integers(10)) for i in range(3000)]
     agree = (labels == torch.tensor(noises_own)).float().mean()
