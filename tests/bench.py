@@ -145,7 +145,7 @@ def profile(script, flags, steps):
 
 def time_tools(run):
     """Seconds of the tools' commands, each typed twice: the second time what is kept on disk is there."""
-    n = 4096 if CUDA else 512
+    n = 4096 if CUDA else 32
     few = "" if CUDA else "--subset 1000"
     with tempfile.TemporaryDirectory() as folder:
         fid = importlib.import_module("fid")
