@@ -161,8 +161,10 @@ def time_tools(run):
         ):
             name, *flags = command.split()
             tool = importlib.import_module(name)
-            tool.main(tool.parse_args(flags))
-            print(f"{seconds(tool.main, tool.parse_args(flags))[0]:.3g} s: {command}", flush=True)
+            with contextlib.redirect_stdout(sys.stderr):
+                tool.main(tool.parse_args(flags))
+                spent, _ = seconds(tool.main, tool.parse_args(flags))
+            print(f"{spent:.3g} s: {command}", flush=True)
 
 def count_memory(name, script, args, peak):
     """Print what a run of the paper keeps in memory, and the --accum with which it fits into 24, 48 and 80 GB."""

@@ -146,10 +146,9 @@ def test_tokens_of_the_probe_do_not_hang_on_what_ran_before(tmp_path, monkeypatc
         torch.manual_seed(before)
         flags = "--dataset", "mine", "--data", tmp_path, "--pool", "token", "--epochs", 2, "--batch", 16
         run(probe, path, *flags, "--json", tmp_path / f"{before}.json")
-    assert len(draws) == 2 * 6  # a look at the layers' widths, the test images, four steps
-    first, second = draws[1:6], draws[7:]
-    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
-    assert len({tuple(draw.tolist()) for draw in first}) == 5
+    draws = [tuple(draw.tolist()) for draw in draws if len(draw) > 1]  # without a look at one image, for the widths
+    assert len(draws) == 2 * 5 * 5  # the test images and four steps, each for five layers
+    assert draws[:25] == draws[25:] and len(set(draws[:25])) == 25
 
 def test_queries_and_keys_are_normalised_by_their_own_weights():
     """q = w q / rms(q), before the rotation: pairs turn by 10000^(-2 i / half) of their row, then of their column."""
