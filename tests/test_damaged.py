@@ -19,7 +19,6 @@ from PIL import Image
 import probe
 import sample
 import train_unet as T
-import train_uvit as V
 
 pytestmark = pytest.mark.usefixtures("fewer_shapes")
 TINY = ["--dataset", "shapes", "--backbone", "tiny", "--batch", "8"]
@@ -37,15 +36,13 @@ def packed(state):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, fewer_shapes):
-    """A run of two steps: its folder, last.pt as bytes and as a dict; and another script's last.pt."""
+    """A run of two steps: its folder, last.pt as bytes and as a dict."""
     home = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(T.BACKBONES["tiny"], "mult", (1, 1, 1))
-        run(T, *TINY, "--max-steps", 2, "--out", home / "unet")
-        run(V, "--size", "tiny", "--max-steps", 0, "--out", home / "uvit")
-        whole, other = ((home / name / "last.pt").read_bytes() for name in ("unet", "uvit"))
-        state = torch.load(home / "unet/last.pt", weights_only=True)
-        yield SimpleNamespace(folder=home / "unet", whole=whole, state=state, other=other)
+        run(T, *TINY, "--max-steps", 2, "--out", home)
+        state = torch.load(home / "last.pt", weights_only=True)
+        yield SimpleNamespace(folder=home, whole=(home / "last.pt").read_bytes(), state=state)
 
 @pytest.fixture
 def here(runs, tmp_path, monkeypatch):
@@ -83,7 +80,6 @@ UNFIT = {  # what last.pt holds, and what --init, --resume and the tools say, No
     "another program's": (lambda run: packed({"model": {}}), "missing .*time_emb", "written by None.py", "no 'script'"),
     "a module of Python": (lambda run: packed(run.state | {"script": "os"}),
                            None, "written by os.py", "written by os: give --script os.py"),
-    "another script's": (lambda run: run.other, "does not fit: size mismatch", "written by train_uvit.py", None),
 }  # fmt: skip
 CASES = [(case, reader, *row) for case, row in UNREADABLE.items() for reader in READERS]
 for case, (make, init, resume, tools) in UNFIT.items():
