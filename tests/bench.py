@@ -4,15 +4,9 @@ Takes the script's own flags, and --steps N (default 40, the first quarter warms
 and checkpoints left out: img/s (on a CPU of its own time, which others on the machine disturb less), model FLOPs, their
 share of the matrix rate reached in the same run, on a GPU peak memory. --profile lists five steps' operations by time.
 
-    python tests/bench.py --table [NAME ...]   # of TINY or PAPER below (default: all)
-
-Baseline, self-conditioning or [CLS], --cl, and eager float32 (convolutions in TF32) in turn, the paper's networks on a
-GPU, tiny ones on a CPU; the --accum that fits, by peak memory, without a GPU by what a compiled network keeps for its
-backward pass (Inductor's partition).
-
-    python tests/bench.py --tools RUN          # a trained one
-
-sample.py, eager and compiled, float32 and bf16; probe.py, a cell and grids; fid.py's Inception with random weights.
+--table [NAME ...]: baseline, self-conditioning or [CLS], --cl, and eager float32 (convolutions in TF32) in turn, of the
+paper's networks on a GPU, of tiny ones on a CPU; and the --accum that fits, by peak memory, without a GPU by what a
+compiled network keeps for its backward pass (Inductor's partition). --tools RUN: the tools' commands on a trained run.
 """
 
 import contextlib
@@ -33,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+CUDA = torch.cuda.is_available()
 TINY = {"unet": "train_unet --backbone tiny", "uvit": "train_uvit --size tiny", "dit": "train_dit --size tiny"}
 PAPER = {
     "ddpm": "train_unet --dataset cifar10",
@@ -68,34 +63,36 @@ def one_pass(script, args, n, backend=None):
 
 def kept_bytes(script, args):
     """Bytes per image that autograd keeps under bf16 autocast; weights and their copies cancel in the difference."""
-    kept = {2: {}, 4: {}}  # {images: {address: storage}}; a storage that is held keeps its address
-    for n, storages in kept.items():
+    storages = {}  # by their address, which they keep as long as they are held
 
-        def keep(x, storages=storages):
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
 
+    totals = []
+    for n in (2, 4):
         with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda x: x):
             one_pass(script, args, n, "aot_eager_decomp_partition")
-    few, many = (sum(storage.nbytes() for storage in storages.values()) for storages in kept.values())
-    return (many - few) / 2
+        totals.append(sum(storage.nbytes() for storage in storages.values()))
+        storages.clear()
+    return (totals[1] - totals[0]) / 2
 
 def seconds(work, *args):
     """How long work(*args) takes, with what it leaves to the GPU; and its result."""
-    now = time.perf_counter if torch.cuda.is_available() else time.thread_time
+    now = time.perf_counter if CUDA else time.thread_time
     start, result = now(), work(*args)
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.synchronize()
     return now() - start, result
 
 def train(script, flags, steps, each=lambda step: None):
     """Run main, each(step) in every step: median img/s after the warm-up, the GPU's peak memory without the data."""
-    cuda, rate = torch.cuda.is_available(), script.learning_rate
+    rate = script.learning_rate
     torch.compiler.reset()  # or a second network is compiled for batches of any size
     gc.collect()  # compiled networks refer to themselves
 
     def watched(args, step, *rest):  # called once a step
-        if cuda and step == steps // 4:
+        if CUDA and step == steps // 4:
             torch.cuda.reset_peak_memory_stats()  # after cuDNN's and Inductor's trials
         each(step)
         return rate(args, step, *rest)
@@ -106,111 +103,109 @@ def train(script, flags, steps, each=lambda step: None):
         script.load_data = lambda *_: data
         script.save_grid = script.save_run = script.catch_stop_signals = lambda *args, **kwargs: []
         script.LOG_EVERY, script.learning_rate = max(1, steps // 8), watched
-        if not cuda:
+        if not CUDA:
             script.time = SimpleNamespace(time=time.thread_time)
         script.main(args)
         script.learning_rate = rate
         lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
-    peak = torch.cuda.max_memory_allocated() - data[0].nbytes if cuda else 0
+    peak = torch.cuda.max_memory_allocated() - data[0].nbytes if CUDA else 0
     return statistics.median(line["img_per_s"] for line in lines if line["step"] > steps // 4), peak
+
+def matrix_rate(dtype, device):
+    """FLOP/s of large matrix products."""
+    size = 8192 if CUDA else 2048
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    return 20 * size**3 / min(seconds(lambda: [a @ a for _ in range(10)])[0] for _ in range(3))
 
 def time_runs(script, flags, steps, variants=([],), rounds=1):
     """Run the variants in turn and print a line for each, by its fastest run; returns the first one's peak memory."""
-    cuda, device = torch.cuda.is_available(), script.setup_distributed("auto")[2]
-    size, dtypes = 8192 if cuda else 2048, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+    device = script.setup_distributed("auto")[2]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
     dtype = dtypes[script.choose_precision("auto", device)]
-    a = torch.randn(size, size, dtype=dtype, device=device)
-    rate = 20 * size**3 / min(seconds(lambda: [a @ a for _ in range(10)])[0] for _ in range(3))
-    a = None
-    runs = [[] for _ in variants]
-    for n in range(rounds):
-        for variant, same in zip(variants, runs, strict=True):
-            same.append(train(script, [*flags, *variant], steps))
-            if n < rounds - 1:
-                continue
-            (first, _), (speed, peak) = max(runs[0]), max(same)
-            args = parse(script, [*flags, *variant])
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                one_pass(script, args, 2).backward()
-            flops = counter.get_total_flops() / 2 * speed
-            print(f"{script.__name__} {' '.join([*flags, *variant])}: {speed:.5g} img/s, "
-                  f"{1000 * args.batch / speed:.4g} ms a step, {first / speed:.3f} of the first; "
-                  f"{flops / 1e12:.3g} TFLOP/s, {flops / rate:.0%} of {dtype} products"
-                  + (f"; peak {peak / 2**30:.2f} GiB" if cuda else ""), flush=True)  # fmt: skip
-    return runs[0][0][1]
+    rate = matrix_rate(dtype, device)
+    turns = [[train(script, [*flags, *variant], steps) for variant in variants] for _ in range(rounds)]
+    fastest = [max(runs) for runs in zip(*turns, strict=True)]  # (img/s, peak) of each variant
+    for variant, (speed, peak) in zip(variants, fastest, strict=True):
+        args = parse(script, [*flags, *variant])
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            one_pass(script, args, 2).backward()
+        flops = counter.get_total_flops() / 2 * speed
+        memory = f"; peak {peak / 2**30:.2f} GiB" if CUDA else ""
+        print(f"{script.__name__} {' '.join([*flags, *variant])}: {speed:.5g} img/s, "
+              f"{1000 * args.batch / speed:.4g} ms a step, {fastest[0][0] / speed:.3f} of the first; "
+              f"{flops / 1e12:.3g} TFLOP/s, {flops / rate:.0%} of {dtype} products{memory}")
+    return fastest[0][1]
 
 def profile(script, flags, steps):
     """Five steps of main after the warm-up: operations, on a GPU its kernels, by their own time."""
     with profiler.profile(schedule=profiler.schedule(wait=0, warmup=steps // 4, active=5, repeat=1)) as seen:
         train(script, flags, steps, lambda step: seen.step())
-    order = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
+    order = "self_device_time_total" if CUDA else "self_cpu_time_total"
     print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
 
 def time_tools(run):
-    """Sampling, probing and scoring of a trained run."""
-    fid, probe, sample = map(importlib.import_module, ("fid", "probe", "sample"))
-    device, first = sample.setup_distributed("auto")[2], None
-    torch.set_float32_matmul_precision("high")  # as the tools do
-    model, cuda = sample.load_checkpoint(run, device), device.type == "cuda"
-    for amp in None, torch.bfloat16:
-        for compiled in (False, True)[: 1 + cuda]:
-            torch.compiler.reset()
-            blocks = sample.generate(model, (4 if cuda else 2) * sample.BLOCK, amp=amp, compile=compiled)
-            images = next(blocks)[1].int()  # warms up
-            spent, rest = seconds(list, blocks)
-            first = images if first is None else first
-            print(f"sample.py, {amp or torch.float32}{', compiled' * compiled}: {len(rest) * sample.BLOCK / spent:.4g} "
-                  f"img/s; pixels move by up to {(images - first).abs().max()} of 255", flush=True)  # fmt: skip
-    levels = [f"{level:g}" for level in probe.LEVELS[type(model.diffusion).__name__].grid[:3]]
+    """Seconds of the tools' commands, each typed twice: the second time what is kept on disk is there."""
+    n = 4096 if CUDA else 32
+    few = "" if CUDA else "--subset 1000"
     with tempfile.TemporaryDirectory() as folder:
-
-        def cell(*flags):  # seconds
-            flags = [str(run), *some, *flags, "--json", f"{folder}/a.json", "--plot", f"{folder}/a.png"]
-            with contextlib.redirect_stdout(sys.stderr):
-                return seconds(probe.main, probe.parse_args(flags))[0]
-
-        some, short = [] if cuda else ["--subset", "1000"], ["--epochs", "2", "--t"]
-        cell(*short, *levels, "--grid"), cell(*short, levels[0], "--subset", "2")  # cuDNN tries out every shape
-        idle = cell(*short, levels[0], "--subset", "2")  # checkpoint, data, picture
-        grid, last, own = cell(*short, *levels, "--grid") - idle, 0, 0
-        for level in levels:
-            last += cell(*short, level, "--layer", model.net.layers[-1]) - idle
-            own += cell(*short, level) - idle
-        print(f"probe.py: {' '.join(['a cell', *some])} {cell():.3g} s; a grid of all layers at {', '.join(levels)} "
-              f"costs {grid / last:.2f} of three passes at the last layer, {grid / own:.2f} at {model.args.layer}")
+        fid = importlib.import_module("fid")
         torch.save(fid.Inception().state_dict(), f"{folder}/random.pth")
-        net, n = fid.load_inception(f"{folder}/random.pth", device), 10_000 if cuda else 64
-        pixels, batch = torch.randint(256, (n, 3, 32, 32)).byte(), 250 if cuda else 32
-        images = fid.in_batches("noise", n, (32, 32), lambda i: pixels[i.start : i.stop], batch)
-        spent = [seconds(fid.measure, net, images, batch)[0] for _ in range(2)][1]
-        print(f"fid.py: {n / spent:.4g} img/s")
+        images = f"{folder}/images.npz"
+        for command in (
+            f"sample {run} --n {n} --amp off --no-compile --out {images}",
+            f"sample {run} --n {n} --amp bf16 --no-compile --out {images}",
+            f"sample {run} --n {n} --amp bf16 --out {images}",
+            f"probe {run} {few} --json {folder}/cell.json",
+            f"probe {run} {few} --grid --epochs 2 --json {folder}/grid.json --plot {folder}/grid.png",
+            f"fid {images} --ref {images} --n {n} --allow-few --weights {folder}/random.pth",
+        ):
+            name, *flags = command.split()
+            tool = importlib.import_module(name)
+            with contextlib.redirect_stdout(sys.stderr):
+                tool.main(tool.parse_args(flags))
+                spent, _ = seconds(tool.main, tool.parse_args(flags))
+            print(f"{spent:.3g} s: {command}", flush=True)
+
+def count_memory(name, script, args, peak):
+    """Print what a run of the paper keeps in memory, and the --accum with which it fits into 24, 48 and 80 GB."""
+    fixed = 22 * sum(p.numel() for p in script.build(args)[0].parameters())  # weights, gradients, Adam's, average, bf16
+    total = args.accum * (peak - fixed) if peak else args.batch * kept_bytes(script, args)
+    divisors = [n for n in range(1, args.batch + 1) if args.batch % n == 0]
+    fits = [next(n for n in divisors if fixed + total / n < 0.9e9 * size) for size in (24, 48, 80)]
+    print(f"{name}: {fixed / 1e9:.2f} GB, {total / args.batch / 1e6:.1f} MB an image, {total / 1e9:.1f} GB a "
+          f"batch of {args.batch}; --accum {fits} for 24, 48, 80 GB")
+
+def table(names, steps):
+    """The rows of --table."""
+    for name in names or (PAPER if CUDA else TINY | PAPER):
+        module, *flags = (TINY | PAPER)[name].split()
+        script, peak = importlib.import_module(module), 0
+        if CUDA or name in TINY:
+            plus, eager = "--cls-token" if "uvit" in module else "--self-cond", ["--amp", "off", "--no-compile"]
+            variants = [], [plus], ["--cl", "0.01"], eager
+            peak = time_runs(script, flags, steps, variants, rounds=1 if CUDA else 5)
+        if name in PAPER:
+            count_memory(name, script, parse(script, flags), peak)
 
 def main():
     if not sys.argv[1:] or "--help" in sys.argv:
         raise SystemExit(__doc__)
     name, *flags = sys.argv[1:]
-    steps = int(flags.pop(flags.index("--steps") + 1)) if "--steps" in flags else 40
-    flags, cuda = [flag for flag in flags if flag != "--steps"], torch.cuda.is_available()
-    print(torch.cuda.get_device_name() if cuda else "CPU", torch.get_num_threads(), "threads, torch", torch.__version__)
+    steps = 40
+    if "--steps" in flags:
+        place = flags.index("--steps")
+        steps = int(flags[place + 1])
+        del flags[place : place + 2]
+    print(torch.cuda.get_device_name() if CUDA else "CPU", torch.get_num_threads(), "threads, torch", torch.__version__)
     if name == "--tools":
-        return time_tools(Path(flags[0]))
-    if name != "--table":
-        work, flags = profile if "--profile" in flags else time_runs, [flag for flag in flags if flag != "--profile"]
-        return work(importlib.import_module(Path(name).stem), flags, steps)
-    for name in flags or (PAPER if cuda else TINY | PAPER):
-        module, *own = (TINY | PAPER)[name].split()
-        script, peak = importlib.import_module(module), None
-        if cuda or name in TINY:
-            plus, eager = "--cls-token" if "uvit" in module else "--self-cond", ["--amp", "off", "--no-compile"]
-            peak = time_runs(script, own, steps, ([], [plus], ["--cl", "0.01"], eager), 1 if cuda else 5)
-        if name in PAPER:
-            args = parse(script, own)  # weights, gradients, Adam's moments, average; bf16 copies
-            fixed = 22 * sum(p.numel() for p in script.build(args)[0].parameters())
-            total = args.accum * (peak - fixed) if peak else args.batch * kept_bytes(script, args)
-            accum = [n for n in range(1, args.batch + 1) if args.batch % n == 0]
-            fits = [next(n for n in accum if fixed + total / n < 0.9e9 * size) for size in (24, 48, 80)]
-            print(f"{name}: {fixed / 1e9:.2f} GB, {total / args.batch / 1e6:.1f} MB an image, {total / 1e9:.1f} GB a "
-                  f"batch of {args.batch}; --accum {fits} for 24, 48, 80 GB", flush=True)  # fmt: skip
+        time_tools(Path(flags[0]))
+    elif name == "--table":
+        table(flags, steps)
+    elif "--profile" in flags:
+        flags.remove("--profile")
+        profile(importlib.import_module(Path(name).stem), flags, steps)
+    else:
+        time_runs(importlib.import_module(Path(name).stem), flags, steps)
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,12 @@
-"""How weights start, what stays in float32 under autocast, and random numbers that hang on nothing else."""
+"""How weights start, what stays in float32 under autocast, random tokens, and normalised queries and keys."""
 
-import argparse
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_folder
+from conftest import make_checkpoint, make_folder, run
 from torch import nn
 
 import probe
@@ -82,18 +80,18 @@ def test_losses_and_samples_are_float32_under_autocast(name):
         assert torch.allclose(mixed, plain, rtol=2e-5, atol=2e-5)
 
 def test_the_head_normalises_and_contrasts_in_float32_under_autocast():
+    """In train_unet.py, whose head the others share to the letter."""
     draw = torch.Generator().manual_seed(0)
     x = (5 + torch.randn(8, 16, generator=draw)).bfloat16()
     q, k = torch.randn(2, 8, 256, generator=draw)
     unit_q, unit_k = (v.double() / v.double().norm(dim=1, keepdim=True) for v in (q, k))
     want = 0.4 * F.cross_entropy(unit_q @ unit_k.T / 0.2, torch.arange(8))
-    for script in (train_unet, train_uvit, train_dit):
-        with torch.autocast("cpu", torch.bfloat16):
-            normed, loss = script.BatchNorm(16)(x), script.moco_loss(q, k)
-        wide = x.double()
-        assert torch.allclose(normed.double(), (wide - wide.mean(0)) / (wide.var(0, correction=0) + 1e-5).sqrt(),
-                              atol=1e-4)
-        assert normed.dtype == loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=2e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed, loss = train_unet.BatchNorm(16)(x), train_unet.moco_loss(q, k)
+    x = x.double()
+    want_normed = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(normed.double(), want_normed, atol=1e-4)
+    assert normed.dtype == loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=2e-5)
 
 # ---- Fresh weights: the first pattern that is found in a name tells how they start
 HEAD = [(r"time\..*", "zero"), (r"norm.*weight", "one"), (r"norm.*bias", "zero"), ("linear", "torch")]
@@ -132,56 +130,25 @@ def test_fresh_weights_follow_their_law(name):
         law = next(law for pattern, law in LAWS.get(name, HEAD) if re.search(pattern, key))
         check_law(law, key, w.detach(), weights)
 
-def test_uncertainty_starts_at_none_over_random_waves():
-    u = train_unet.Uncertainty(4096)
-    assert u.linear.bias is None and not u.linear.weight.any()
-    assert u.freqs.std().item() == pytest.approx(2 * math.pi, rel=0.1) and abs(u.freqs.mean()) < 0.5
-    assert u.phases.min() >= 0 and u.phases.max() <= 2 * math.pi and abs(u.phases.mean() - math.pi) < 0.2
-
-# ---- Random tokens, latents, queries and keys
-@pytest.mark.parametrize("name", ["uvit", "dit"])
-def test_tokens_of_the_probe_do_not_hang_on_what_ran_before(name, monkeypatch):
+# ---- Random tokens, queries and keys
+def test_tokens_of_the_probe_do_not_hang_on_what_ran_before(tmp_path, monkeypatch):
     """--pool token draws from the global state, which each use has to set; no two uses draw the same."""
-    net, diffusion = make_net(name)
+    path = make_checkpoint(tmp_path / "a.pt", train_uvit, "--size", "tiny")
+    make_folder(tmp_path, n=16, size=(16, 16))
     draws, randint = [], torch.randint
-    monkeypatch.setattr(torch, "randint", lambda *given, **kw: draws.append(randint(*given, **kw)) or draws[-1])
-    monkeypatch.setattr(probe, "NOISE_BLOCK", 16)
-    split = probe.Split(torch.zeros(32, *net.shape, dtype=torch.uint8), torch.arange(32) % 3, 3, train_unet.to_x0)
-    model = SimpleNamespace(net=net, diffusion=diffusion)
-    encode = probe.Encoder(model, 11 if name == "uvit" else 0.06, {net.layers[0]: net.feat_dim}, "token")
-    args = argparse.Namespace(batch=16, epochs=2, lr=1e-3, flip=True, seed=0)
-    found = []
+
+    def draw_and_note(*given, **named):
+        draws.append(randint(*given, **named))
+        return draws[-1]
+
+    monkeypatch.setattr(torch, "randint", draw_and_note)
     for before in (1, 2):
         torch.manual_seed(before)
-        features = probe.stored_features(encode, split, probe.TEST_NOISE, 0)
-        torch.manual_seed(before)
-        heads = probe.train_heads(encode, split, args)
-        found.append([features, heads.weight.detach(), *draws])
-        draws.clear()
-    assert all(a.equal(b) for a, b in zip(*found, strict=True))
-    assert len({tuple(draw.tolist()) for draw in found[0][2:]}) == len(found[0][2:]) == 2 + 4
-
-class Noise(nn.Module):
-    """A VA-VAE whose posterior is a standard normal, whatever the image."""
-
-    def __init__(self):
-        super().__init__()
-        self.quant_conv = nn.Conv2d(1, 1, 1)
-
-    def encode(self, x):
-        return torch.zeros(len(x), 4, 1, 1), torch.ones(len(x), 4, 1, 1)
-
-def test_no_two_latents_share_their_noise(tmp_path, monkeypatch):
-    """Neither in a block, nor in two blocks, shards or splits, nor an image and its mirror image."""
-    make_folder(tmp_path, size=(16, 16))
-    (tmp_path / "vae.pt").touch()
-    monkeypatch.setattr(train_dit, "load_vae", lambda *_: Noise())
-    monkeypatch.setattr(train_dit, "SHARD", 4)
-    monkeypatch.setattr(train_dit, "BLOCK", 2)
-    flags = ["--dataset", "mine", "--data", tmp_path, "--resolution", 16, "--vae", tmp_path / "vae.pt"]
-    args = train_dit.parse_args([*map(str, flags), "--cache-latents", str(tmp_path / "cache")])
-    latents = [train_dit.load_data(args, split)[0][:] for split in ("train", "test")]
-    assert torch.cat(latents).flatten(0, 1).flatten(1).unique(dim=0).shape == (2 * 6 * 2, 4)
+        flags = "--dataset", "mine", "--data", tmp_path, "--pool", "token", "--epochs", 2, "--batch", 16
+        run(probe, path, *flags, "--json", tmp_path / f"{before}.json")
+    draws = [tuple(draw.tolist()) for draw in draws if len(draw) > 1]  # without a look at one image, for the widths
+    assert len(draws) == 2 * 5 * 5  # the test images and four steps, each for five layers
+    assert draws[:25] == draws[25:] and len(set(draws[:25])) == 25
 
 def test_queries_and_keys_are_normalised_by_their_own_weights():
     """q = w q / rms(q), before the rotation: pairs turn by 10000^(-2 i / half) of their row, then of their column."""

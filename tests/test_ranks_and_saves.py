@@ -1,11 +1,8 @@
 """Several ranks with accumulation, dropout and signals, and saves by the clock: what they must leave alone."""
 
 import functools
-import itertools
-import shutil
 import signal
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -69,7 +66,7 @@ def run_job(flags, told):
     return seen
 
 def spawn(here, jobs, dropout):
-    """Two ranks do all jobs."""
+    """Two ranks do all jobs, one after the other."""
     barrier = torch.multiprocessing.get_context("spawn").Barrier(2)
     torch.multiprocessing.spawn(run_jobs, (2, here, jobs, dropout, barrier.wait), nprocs=2)
 
@@ -94,47 +91,34 @@ def test_two_ranks_with_accumulation_equal_one_process(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_drop_out_apart_stop_together_and_go_on(tmp_path):
-    """A signal that one rank gets stops both where the next line is due; what follows repeats the unbroken run."""
-    flags, jobs = ["--accum", "2", "--max-steps", "6"], [("whole", ["--accum", "2", "--max-steps", "6"], None)]
-    for told in (0, 1):
-        jobs += [(f"told{told}", flags, told), (f"told{told}", [*flags, "--resume"], None)]
-    spawn(tmp_path, jobs, 0.2)
-    seen = [[torch.load(f"{tmp_path}/{number}.{rank}") for rank in (0, 1)] for number in range(5)]
-    masks = [mask for rank in seen[0] for mask in rank["masks"]]
-    assert len(masks) == len(set(masks)) == 2 * 6 * 2 * 11  # ranks, steps, passes, blocks: no two alike
-    passes = {0: 6, 1: 4, 2: 2, 3: 4, 4: 2}
-    for number, rank in itertools.product(passes, (0, 1)):
-        assert len(seen[number][rank]["masks"]) == 22 * passes[number]
-    for told, stopped, resumed in ((0, 1, 2), (1, 3, 4)):
-        for rank in (0, 1):
-            want = signal.SIGUSR1 if rank == told else signal.SIGTERM
-            assert seen[stopped][rank]["status"] == 128 + want and seen[resumed][rank]["status"] == 0
-            assert seen[stopped][rank]["masks"] + seen[resumed][rank]["masks"] == seen[0][rank]["masks"]
-        whole, parts = tmp_path / "whole", tmp_path / f"told{told}"
-        check_resumed(whole, parts, metrics(whole), metrics(parts))
+    """A signal that rank 0 gets stops both where the next line is due; what follows repeats the unbroken run."""
+    flags = ["--accum", "2", "--max-steps", "6"]
+    spawn(tmp_path, [("whole", flags, None), ("parts", flags, 0), ("parts", [*flags, "--resume"], None)], 0.2)
+    seen = [[torch.load(f"{tmp_path}/{number}.{rank}") for rank in (0, 1)] for number in (0, 1, 2)]
+    for rank, signum in ((0, signal.SIGUSR1), (1, signal.SIGTERM)):
+        whole, stopped, resumed = (job[rank] for job in seen)
+        assert stopped["status"] == 128 + signum and resumed["status"] == 0
+        assert stopped["masks"] + resumed["masks"] == whole["masks"]
+        assert len(stopped["masks"]) == 4 * 2 * 11  # steps, passes, blocks
+    masks = seen[0][0]["masks"] + seen[0][1]["masks"]
+    assert len(masks) == len(set(masks)) == 2 * 6 * 2 * 11  # no two alike, on whatever rank
+    check_resumed(tmp_path / "whole", tmp_path / "parts", metrics(tmp_path / "whole"), metrics(tmp_path / "parts"))
 
 SECONDS = {1: 59, 2: 61, 3: 960, 4: 962, 5: 1861, 6: 1863, 7: 1864}  # a minute, then twice 15 minutes and a bit
 
-@pytest.mark.slow
 def test_a_run_is_saved_after_a_minute_and_every_quarter_of_an_hour(tmp_path, monkeypatch, fewer_shapes):
-    """In mid-epoch, and what was saved goes on as if the run had not been broken off."""
-    now, saved, save = [0.0], [], train_unet.save_run
+    """In mid-epoch, and without an epoch's file."""
+    now, saved = [0.0], []
     monkeypatch.setattr(train_unet, "time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setitem(train_unet.BACKBONES["tiny"], "mult", (1, 1, 1))
-    monkeypatch.setitem(train_unet.TINY, "dropout", 0.1)
-    spy(monkeypatch, train_unet, "ema_decay", lambda args, step: now.__setitem__(0, SECONDS[step]))
 
-    def save_and_keep(args, parts, epoch, step, keep):
-        save(args, parts, epoch, step, keep)
-        saved.append(step)
-        if Path(args.out).name == "whole":
-            shutil.copytree(args.out, tmp_path / f"at{step}")
+    def set_clock(args, step):
+        now[0] = SECONDS[step]
 
-    monkeypatch.setattr(train_unet, "save_run", save_and_keep)
-    run(train_unet, *UNET, "--max-steps", 7, "--out", tmp_path / "whole")
-    assert saved == [2, 4, 6, 7]
-    for step in (2, 6):
-        now[0], parts = 0.0, tmp_path / f"at{step}"
-        assert load(parts)["step"] == step and load(parts)["epoch"] == 0 and not [*parts.glob("epoch*")]
-        run(train_unet, *UNET, "--max-steps", 7, "--out", parts, "--resume")
-        check_resumed(tmp_path / "whole", parts, metrics(tmp_path / "whole"), metrics(parts))
+    def note_save(args, parts, epoch, step, keep):
+        saved.append((epoch, step, keep))
+
+    spy(monkeypatch, train_unet, "ema_decay", set_clock)
+    spy(monkeypatch, train_unet, "save_run", note_save)
+    run(train_unet, *UNET, "--max-steps", 7, "--out", tmp_path)
+    assert saved == [(0, 2, False), (0, 4, False), (0, 6, False), (0, 7, False)] and load(tmp_path)["step"] == 7
