@@ -54,6 +54,23 @@ def test_guided_sampling_by_hand():
     assert [t for t, _ in seen] == pytest.approx(times, abs=1e-5)
     assert [len(told) for _, told in seen] == [1 + (t <= 0.89) for t in times]
 
+def test_uncertainty_of_the_edm():
+    """It starts without weighting, has frozen features 2 pi N(0, 1) and 2 pi U(0, 1), and weighs L / exp(u) + u."""
+    torch.manual_seed(0)
+    edm, x0, noise = T.EDM(uncertainty=True), rand(4, 3, 8, 8), rand(4, 3, 8, 8, seed=1)
+    u = edm.uncertainty
+    assert [name for name, _ in u.named_parameters()] == ["linear.weight"] and u(rand(5)).abs().max() == 0
+    assert 4 < u.freqs.std() < 9 and 0 <= u.phases.min() < u.phases.max() < 2 * math.pi
+    nn.init.eye_(u.linear.weight)  # the first wave alone
+    t = torch.tensor([-1.0, 0.0, 0.5])
+    assert torch.allclose(u(t), 2**0.5 * torch.cos(t * u.freqs[0] + u.phases[0]), atol=5e-5)
+    u.freqs.zero_()
+    u.phases.zero_()
+    nn.init.constant_(u.linear.weight, 0.7 / (128 * 2**0.5))  # u = 0.7
+    loss, plain, _ = edm.loss(lambda x, *_, with_feat: (0 * x, None, None), x0, 0.5, noise)
+    assert loss.item() == pytest.approx(plain.item() / math.exp(0.7) + 0.7, rel=1e-5)
+    assert plain.item() == pytest.approx((2 * (x0 - noise / 2) ** 2).mean().item(), rel=1e-5)  # D(x) is x / 2
+
 @pytest.mark.parametrize(("flags", "on"), [([], False), (["--cl", "1"], True), (["--aug", "0.1"], True)])
 def test_augmentation_brings_uncertainty(flags, on):
     """[P] Tab. 8."""

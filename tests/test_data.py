@@ -245,3 +245,12 @@ def test_pixels_lie_in_minus_one_to_one_and_come_back():
     assert x0.min() == -1 and x0.max() == 1 and x0.dtype == torch.float32
     assert T.to_uint8(x0).equal(images)
     assert T.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+@pytest.mark.slow
+@pytest.mark.skipif("DDAE_DATA" not in os.environ, reason="set DDAE_DATA to a folder with cifar10/ and cifar100/")
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_real_cifar(name, classes):
+    images, labels, names = load(os.environ["DDAE_DATA"], "train", name, 32)
+    assert images.shape == (50_000, 3, 32, 32) and len(names) == classes
+    assert labels.bincount().tolist() == [50_000 // classes] * classes
+    assert len(load(os.environ["DDAE_DATA"], "test", name, 32)[0]) == 10_000

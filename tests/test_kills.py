@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, check_resumed, check_same, load, metrics, shrink
+from conftest import ROOT, check_resumed, check_same, load, make_folder, metrics, shrink
 
 import train_dit
 import train_unet
@@ -219,3 +220,24 @@ def test_of_two_jobs_in_one_folder_one_trains_to_the_end(step, extra, ends, fork
     says = "another job has been started in run" if ends[0] else "run already holds a run: add --resume"
     assert len(errors) == 1 and says in errors[0] and "Traceback" not in said(tmp_path)
     check_equal(unbroken("uvit", 1), tmp_path)
+
+# ---- torchrun
+def test_torchrun_passes_sigterm_on_and_the_run_resumes(tmp_path):
+    make_folder(tmp_path, n=8)
+    out, log = tmp_path / "run", open(tmp_path / "said", "w")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_uvit.py"]
+    command += ["--size", "tiny", "--dataset", "mine", "--data", str(tmp_path), "--resolution", "8", "--batch", "8"]
+    command += ["--epochs", "9999", "--device", "cpu", "--out", str(out)]
+    file, kw = out / "metrics.jsonl", {"cwd": ROOT, "stdout": log, "stderr": log}
+    with log, subprocess.Popen(command, **kw) as job:
+        try:
+            while not (file.is_file() and file.read_text().count("\n") > 2):
+                assert job.poll() is None, said(tmp_path)
+                time.sleep(0.05)
+        finally:
+            job.terminate()
+        assert job.wait(120), said(tmp_path)
+        step = load(out)["step"]
+        assert step >= 20 and step % 10 == 0 and "add --resume" in said(tmp_path)
+        subprocess.run([*command, "--resume", "--max-steps", str(step + 10)], **kw, check=True, timeout=120)
+    assert [line["step"] for line in metrics(out)] == list(range(10, step + 11, 10)) and load(out)["step"] == step + 10

@@ -242,3 +242,9 @@ def test_mistakes_end_with_one_line_and_status_2(flags, changes, says, begun, tm
     assert says in refused(capsys, lambda: T.main(T.parse_args([*TINY, "--out", "run", *flags.split()])))
     assert before == {file: file.read_bytes() for file in tmp_path.glob("run/*")}
     assert before or not [*tmp_path.iterdir()]
+
+def test_the_unweighted_loss_is_logged(tmp_path):
+    """EDM with augmentation weights its loss by a learned head, which starts at zero."""
+    first, _, third = train(tmp_path, "--model edm --aug 0.1 --max-steps 3")
+    assert first["loss_unweighted"] == first["loss_diffusion"] == first["loss"]
+    assert third["loss_unweighted"] != third["loss_diffusion"] == third["loss"]
