@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIKELY = ("closed_forms", "model", "data", "protocols")  # test files to begin with, after those named as the script
+# Test files to begin with, in this order, after the one that is named as the script
+LIKELY = ("replay", "train", "closed_forms", "model", "data", "protocols", "flags")
 NO_TESTS = 5  # pytest's exit status where nothing is chosen
 
 MUTANTS = {
@@ -351,7 +352,8 @@ def mutate(folder, target, old, new):
 def run_tests(tree, target, limit, quick):
     """The first test that fails, "" if none does: quick tests of the likely files, of the others, then slow ones."""
     names = {path.stem.removeprefix("test_") for path in tree.glob("tests/test_*.py")} - {"repo"}
-    names = sorted(names, key=lambda name: (name not in target, name not in LIKELY, name))
+    places = {name: place for place, name in enumerate(LIKELY)}
+    names = sorted(names, key=lambda name: (f"{name}.py" not in target, places.get(name, len(LIKELY)), name))
     files = [f"tests/test_{name}.py" for name in names]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for marker in ["not slow"] if quick else ["not slow", "slow"]:
