@@ -1,7 +1,8 @@
-"""The README's table of the small study, from tests/results/study.json: python tests/study.py
+"""The README's tables of our runs, from tests/results: python tests/study.py
 
-Two runs of one seed see the same images, noise and order, so each row is a mean of paired differences over seeds, with
-its 95 % interval (Student's t). Accuracies are of the mean token or pixel ("gap"), in percent of the test images.
+cifar10.json: tiny networks on CIFAR-10, one seed. study.json: short runs of several seeds. Two runs of one seed see the
+same images, noise and order, so each row of the study is a mean of paired differences over seeds, with its 95 %
+interval (Student's t). Accuracies are of the mean token or pixel ("gap"), in percent of the test images.
 """
 
 import json
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from scipy.stats import t
 
-RUNS = json.loads((Path(__file__).parent / "results" / "study.json").read_text())
+RESULTS = Path(__file__).parent / "results"
+CIFAR = json.loads((RESULTS / "cifar10.json").read_text())["runs"]
+RUNS = json.loads((RESULTS / "study.json").read_text())
 ROWS = [  # part, baseline, variant, layer that conditions or is contrasted, how the README calls it, the nearest row of
     # the paper: CIFAR-100 with EDM and ddpm (add: CIFAR-10, ddpmpp), CIFAR-100 with UViT-S, ImageNet-100 with DiT-B
     ("unet", "baseline", "selfcond", "out_2", "UNet, `--self-cond`", 65.35 - 63.68),
@@ -60,5 +63,32 @@ def table():
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + f" | {paper:+.2f} |")
     return "\n".join(lines)
 
+def cifar_table():
+    """Markdown, a row per run on CIFAR-10: the last epoch's best layer at two levels, with standard errors."""
+    lines = ["| run | epochs | best layer, less noise: linear | 20-NN | best layer, more noise: linear | 20-NN |"]
+    lines += ["|---" * 6 + "|"]
+    for run in CIFAR:
+        flags = f"`{run['flags']}`" if run["flags"] else "baseline"
+        cells = [f"{run['network']}, {flags}", str(run["maps"][-1]["epoch"])]
+        for result in (run["maps"][-1], run["high"]):
+            _, layer, _, linear, error, knn = max(result["cells"], key=lambda cell: cell[3])
+            cells += [f"{layer}: {linear:.2f} ± {error:.2f}", f"{knn:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+def loss_table(network):
+    """Markdown, a row per run of a network that has a baseline: paired differences of held-out loss in percent."""
+    baseline, *others = (run for run in CIFAR if run["network"] == network)
+    lines = [f"| {network} | " + " | ".join(f"{level:g}" for level in baseline["loss"]["levels"]) + " |"]
+    lines += ["|---" * (1 + len(baseline["loss"]["levels"])) + "|"]
+    for run in others:
+        cells = [f"`{run['flags']}`"]
+        for loss, *paired in zip(baseline["loss"]["loss"], run["loss"]["difference"], run["loss"]["difference_se"],
+                                 strict=True):
+            difference, error = (100 * value / loss for value in paired)
+            cells.append(f"{difference:+.2f} ± {error:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
 if __name__ == "__main__":
-    print(table())
+    print(cifar_table(), loss_table("UNet"), loss_table("U-ViT"), table(), sep="\n\n")

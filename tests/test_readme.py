@@ -87,8 +87,9 @@ def test_tools_commands_parse(command):
     importlib.import_module(script.removesuffix(".py")).parse_args([flag for flag in flags if flag != "..."])
 
 def test_study_is_what_its_runs_say():
-    """The table of tests/study.py; its interval by hand: t of 2 degrees of freedom is 4.303."""
-    assert study.table() in TEXT
+    """The tables of tests/study.py; its interval by hand: t of 2 degrees of freedom is 4.303."""
+    for table in (study.cifar_table(), study.loss_table("UNet"), study.loss_table("U-ViT"), study.table()):
+        assert table in TEXT
     assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / 3**0.5))
     found = {(run["part"], run["variant"], run["seed"]): run for run in study.RUNS}
     assert len(found) == len(study.RUNS) and all(f"--seed {seed}" in run["train"] for (*_, seed), run in found.items())

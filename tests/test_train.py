@@ -113,6 +113,8 @@ def test_ctrl_c_once_and_twice_and_while_a_grid_is_sampled(monkeypatch, tmp_path
     ways = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
     before = {number: signal.getsignal(number) for number in ways}
     try:
+        for number in ways:  # a job in the background of a shell would ignore SIGINT
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for rank in (1, 0):
             received = T.catch_stop_signals(rank)
