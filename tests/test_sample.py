@@ -206,12 +206,13 @@ def test_ctrl_c_is_one_line(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err.strip() == "error: stopped by Ctrl-C"
 
 @pytest.mark.parametrize("name", ["a.npz", "a.png", "folder"])
-def test_a_full_disk_is_one_line(tmp_path, capsys, request, name):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    path = unet(tmp_path / "a.pt")
+def test_a_full_disk_is_one_line(tmp_path, capsys, name):
+    path, limits = unet(tmp_path / "a.pt"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    line = refused(capsys, run, sample, path, "--n", 2, "--steps", 1, "--out", tmp_path / name)
+    try:
+        line = refused(capsys, run, sample, path, "--n", 2, "--steps", 1, "--out", tmp_path / name)
+    finally:  # before pytest writes on
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in line
 
 def test_random_labels_are_drawn_apart_from_the_noise():
