@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     for name in "AB":
         for epoch in (1, 2):
             ddpm = *unet, "--self-cond", "--layer", "out_4"
-            make_checkpoint(root / name / f"epoch_{epoch}.pt", train_unet, *ddpm, seed=epoch, epoch=epoch)
+            make_checkpoint(root / name / f"epoch_{epoch}.pt", train_unet, *ddpm, seed=epoch, epoch=epoch, shake=0.05)
     make_checkpoint(root / "edm.pt", train_unet, *unet, "--model", "edm", "--aug", 0.1)
     make_checkpoint(root / "rf.pt", train_unet, *unet, "--model", "rf")
     make_checkpoint(root / "dit.pt", train_dit, *flags, "--size", "tiny")
@@ -217,7 +217,7 @@ def test_heldout_loss_is_the_mean_over_images_and_pairs_two_runs(monkeypatch):
 
 def test_heldout_loss_of_a_network_by_hand(folder, tmp_path):
     """eps prediction at one step on 24 images: noised, run and compared without the formulation's own code."""
-    paths, file = [folder / f"A/epoch_{epoch}.pt" for epoch in (1, 2)], tmp_path / "l.json"
+    paths, file = [folder / f"A/epoch_{epoch}.pt" for epoch in (1, 2, 1)], tmp_path / "l.json"
     results = call(*paths, "--loss", "--t", 300, "--json", file, "--plot", tmp_path / "l.png")
     for path, result in zip(paths, results, strict=True):
         model = probe.load_checkpoint(path)
@@ -229,6 +229,7 @@ def test_heldout_loss_of_a_network_by_hand(folder, tmp_path):
         assert result["loss"][0] == pytest.approx(each.mean().item(), rel=1e-4)
         assert result["levels"] == [300] and result["n_images"] == 24
         assert result["loss_se"][0] > 0, "two blocks are the least"
+    assert results[2]["difference"] == [0] != results[1]["difference"], "each is compared with the first"
     assert json.loads(file.read_text())["checkpoints"] == results and (tmp_path / "l.png").is_file()
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
