@@ -325,7 +325,7 @@ class LatentRF(nn.Module):
         return self.add_noise(x0, level, noise), 1 - per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Squared error of v plus 1 - cos(v_hat, v) of channels [LDiT]: to train with, the same, and (feat, e_t)."""
+        """Return the squared error of v plus 1 - cos(v_hat, v) [LDiT] twice, as train_unet.py does, and (feat, e_t)."""
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()

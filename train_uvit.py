@@ -280,7 +280,7 @@ class DDPM(Formulation):
     def __init__(self, time_scale):
         super().__init__()
         self.time_scale = time_scale  # network time per step: 1e-3 for UNets, 0.999 for U-ViT
-        betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])  # then cumprod, by logarithms
+        betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)])  # of steps 0 .. 1000
         self.register_buffer("alphabar", (1 - betas).log().cumsum(0).exp(), persistent=False)
         # DEVIATION from [DDIM], as in [DDAE]: the sampler's table counts one beta more; level 0 has alphabar 0.9999.
         betas = torch.linspace(1e-4, 0.02, 1001)
@@ -306,7 +306,7 @@ class DDPM(Formulation):
         return self.add_noise(x0, level, noise), t
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Mean squared error of the noise: to train with, without learned weights (the same), and (feat, e_t)."""
+        """Return the mean squared error of the noise twice, to train with and to compare runs by, and (feat, e_t)."""
         x_t, t = self.inputs(x0, level, noise)
         eps_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         loss = F.mse_loss(eps_hat.float(), noise)
