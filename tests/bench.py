@@ -2,11 +2,11 @@
 
 Takes the script's own flags, and --steps N (default 40, the first quarter warms up). Runs its main, with data, pictures
 and checkpoints left out: img/s (on a CPU of its own time, which others on the machine disturb less), model FLOPs, their
-share of the matrix rate reached in the same run, on a GPU peak memory. --profile lists five steps' operations by time.
+share of the matrix rate reached in the same run, on a GPU peak memory.
 
 --table [NAME ...]: baseline, self-conditioning or [CLS], --cl, and eager float32 (convolutions in TF32) in turn, of the
 paper's networks on a GPU, of tiny ones on a CPU; and the --accum that fits, by peak memory, without a GPU by what a
-compiled network keeps for its backward pass (Inductor's partition). --tools RUN: the tools' commands on a trained run.
+compiled network keeps for its backward pass (Inductor's partition).
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import profiler
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,8 +84,8 @@ def seconds(work, *args):
         torch.cuda.synchronize()
     return now() - start, result
 
-def train(script, flags, steps, each=lambda step: None):
-    """Run main, each(step) in every step: median img/s after the warm-up, the GPU's peak memory without the data."""
+def train(script, flags, steps):
+    """Run main: median img/s after the warm-up, the GPU's peak memory without the data."""
     rate = script.learning_rate
     torch.compiler.reset()  # or a second network is compiled for batches of any size
     gc.collect()  # compiled networks refer to themselves
@@ -94,7 +93,6 @@ def train(script, flags, steps, each=lambda step: None):
     def watched(args, step, *rest):  # called once a step
         if CUDA and step == steps // 4:
             torch.cuda.reset_peak_memory_stats()  # after cuDNN's and Inductor's trials
-        each(step)
         return rate(args, step, *rest)
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
@@ -136,36 +134,6 @@ def time_runs(script, flags, steps, variants=([],), rounds=1):
               f"{flops / 1e12:.3g} TFLOP/s, {flops / rate:.0%} of {dtype} products{memory}")
     return fastest[0][1]
 
-def profile(script, flags, steps):
-    """Five steps of main after the warm-up: operations, on a GPU its kernels, by their own time."""
-    with profiler.profile(schedule=profiler.schedule(wait=0, warmup=steps // 4, active=5, repeat=1)) as seen:
-        train(script, flags, steps, lambda step: seen.step())
-    order = "self_device_time_total" if CUDA else "self_cpu_time_total"
-    print(seen.key_averages().table(order, row_limit=25, max_name_column_width=90))
-
-def time_tools(run):
-    """Seconds of the tools' commands, each typed twice: the second time what is kept on disk is there."""
-    n = 4096 if CUDA else 32
-    few = "" if CUDA else "--subset 1000"
-    with tempfile.TemporaryDirectory() as folder:
-        fid = importlib.import_module("fid")
-        torch.save(fid.Inception().state_dict(), f"{folder}/random.pth")
-        images = f"{folder}/images.npz"
-        for command in (
-            f"sample {run} --n {n} --amp off --no-compile --out {images}",
-            f"sample {run} --n {n} --amp bf16 --no-compile --out {images}",
-            f"sample {run} --n {n} --amp bf16 --out {images}",
-            f"probe {run} {few} --json {folder}/cell.json",
-            f"probe {run} {few} --grid --epochs 2 --json {folder}/grid.json --plot {folder}/grid.png",
-            f"fid {images} --ref {images} --n {n} --allow-few --weights {folder}/random.pth",
-        ):
-            name, *flags = command.split()
-            tool = importlib.import_module(name)
-            with contextlib.redirect_stdout(sys.stderr):
-                tool.main(tool.parse_args(flags))
-                spent, _ = seconds(tool.main, tool.parse_args(flags))
-            print(f"{spent:.3g} s: {command}", flush=True)
-
 def count_memory(name, script, args, peak):
     """Print what a run of the paper keeps in memory, and the --accum with which it fits into 24, 48 and 80 GB."""
     fixed = 22 * sum(p.numel() for p in script.build(args)[0].parameters())  # weights, gradients, Adam's, average, bf16
@@ -197,13 +165,8 @@ def main():
         steps = int(flags[place + 1])
         del flags[place : place + 2]
     print(torch.cuda.get_device_name() if CUDA else "CPU", torch.get_num_threads(), "threads, torch", torch.__version__)
-    if name == "--tools":
-        time_tools(Path(flags[0]))
-    elif name == "--table":
+    if name == "--table":
         table(flags, steps)
-    elif "--profile" in flags:
-        flags.remove("--profile")
-        profile(importlib.import_module(Path(name).stem), flags, steps)
     else:
         time_runs(importlib.import_module(Path(name).stem), flags, steps)
 

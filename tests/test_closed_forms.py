@@ -160,20 +160,6 @@ def test_dropout_silences_the_branch():
     nn.init.zeros_(block.conv2[1].bias)
     assert block(x, e).equal(x) and not block.eval()(x, e).equal(x)
 
-@pytest.mark.parametrize(("model", "backbone", "layers", "level", "dropout"), [
-    ("ddpm", "ddpm", ("out_6", "out_6"), 11, 0.1), ("ddpm", "ddpmpp", ("out_7", "out_8"), 11, 0.1),
-    ("edm", "ddpm", ("out_7", "out_6"), 0.06, 0.13), ("edm", "ddpmpp", ("out_9", "out_8"), 0.06, 0.13),
-    ("rf", "ddpm", ("out_7", "out_7"), 0.06, 0.1), ("rf", "ddpmpp", ("out_8", "out_8"), 0.06, 0.1),
-])  # fmt: skip
-def test_settings_of_the_paper(model, backbone, layers, level, dropout):
-    """[P] Tab. 10 and 8, on CIFAR-10 and CIFAR-100."""
-    for dataset, layer in zip(("cifar10", "cifar100"), layers, strict=True):
-        args = T.parse_args(["--model", model, "--backbone", backbone, "--dataset", dataset])
-        assert (args.layer, args.cl_t) == (layer, level)
-    with torch.device("meta"):
-        net, _ = T.build(args)
-    assert net.layer == layers[1] and {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {dropout}
-
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_what_the_condition_is_made_of(kind):
     """Self-conditioning is told e with its label, e_t without, and the pooled feature of its layer."""

@@ -29,6 +29,34 @@ def autocast():
     """The dtype of the CPU's autocast, None where it is off."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
+# ---- Defaults; those of the paper's own runs are in test_readme.py
+PAPER = {"epochs": 2000, "warmup": 13, "cooldown": 0, "save_every": 200, "ema": 0.9999, "lr": 4e-4}
+LATENT = {"batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0, "qk_norm": False, "cl_hidden": 4096}
+DEFAULTS = {  # script and flags: what else they mean
+    "train_unet": {**PAPER, "resolution": 16, "dataset": "shapes", "aug": 0},
+    "train_unet --epochs 8": {"warmup": 2, "cooldown": 0},
+    "train_unet --model rf --backbone tiny": {
+        "warmup": 0.5, "cooldown": 0.3, "dropout": 0, "lr": 2e-3, "layer": "out_2", "cl_t": 0.06},
+    "train_unet --cl 0.01": {"aug": 0.12}, "train_unet --cl 0.01 --aug 0": {"aug": 0},
+    "train_uvit --dataset cifar100 --cls-token --cl 0.01 --save-every 5": {
+        **PAPER, "save_every": 5, "model": "ddpm", "cl_target": "cls", "aug": 0.12, "cond": False,
+        "out": "runs/cifar100-uvit-cls-token-cl-0.01"},  # named after the flags that make the run
+    "train_uvit --dataset tiny-imagenet": {"aug": 0, "cls_token": 0},
+    "train_uvit --dataset tiny-imagenet --patch 2": {"patch": 2},
+    "train_uvit --cl 0.01": {"cl_target": "gap"}, "train_uvit --cls-token --cl-target gap": {"cl_target": "gap"},
+    "train_dit --dataset elsewhere": {"patch": 4, "size": "B", **LATENT},
+    "train_dit --dataset cifar100": {"patch": 2, "cl_t": 0.06, "layer": "8", "epochs": 2000, **LATENT},
+    "train_dit --dataset imagenet --cache-latents x": {"save_every": 20, **LATENT},
+    "train_dit --dataset imagenet100 --cache-latents x --size XL": {"layer": "19"},
+    "train_dit --dataset imagenet --cache-latents x --cond --size L": {"layer": "20"},
+}
+
+@pytest.mark.parametrize("words", DEFAULTS)
+def test_defaults(words):
+    script, *flags = words.split()
+    args = vars(sys.modules[script].parse_args(flags))
+    assert {name: args[name] for name in DEFAULTS[words]} == DEFAULTS[words]
+
 # ---- Flags: "flag value | other flags": what a run with them does; without the flag it does something else
 OTHER = "something else"  # than without the flag
 DEVICE = {"--device auto": {"refused": None}, "--device cpu": {"refused": None}, "--device cuda": {"refused": OTHER}}

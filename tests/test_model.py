@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import spy
+from conftest import refused, spy
 
 import train_dit as D
 import train_unet as T
@@ -233,6 +233,41 @@ def test_unets_attend_at_16_pixels_and_in_the_middle(backbone, resolution):
     assert len(found) == levels * (2 * blocks + 1)
     assert all((kind is T.Attention) == (side == 16) for side, kind in found)
     assert 16 in {side for side, _ in found} and type(net.middle["attn"]) is T.Attention
+
+# ---- public weights
+WRAPPINGS = {  # the ways in which files hold weights; trained ones may lie beside the average
+    "plain": dict,
+    "DDP": lambda weights: {"MODEL": {f"module.net.{k}": v for k, v in weights.items()}},  # [DDAE]
+    "module": lambda weights: {"ema": {f"module.{k}": v for k, v in weights.items()}},
+    "ema_pytorch": lambda weights: {
+        "MODEL": {k: v + 1 for k, v in weights.items()},
+        "EMA": {"initted": torch.tensor(True), **{f"online_model.{k}": v + 1 for k, v in weights.items()},
+                **{f"ema_model.{k}": v for k, v in weights.items()}}},
+}  # fmt: skip
+
+@pytest.mark.parametrize(("script", "public", "ours", "wrapping", "says"), [
+    (T, "", "--self-cond --aug 0.1", "DDP", None),  # [P] adds to public weights
+    (T, "", "--self-cond --aug 0.1", "ema_pytorch", None),
+    (V, "", "--cls-token --aug 0.1", "plain", None),
+    (D, "--qk-norm", "--qk-norm --self-cond", "module", None),
+    (D, "--self-cond --cond", "--self-cond --cond", "module", None),
+    (D, "--qk-norm --cond", "--cond", "module", "unexpected ['blocks.0.attn.q_norm.weight'"),
+    (D, "--self-cond", "", "module", "unexpected ['self_cond.mlp.0.weight'"),
+    (D, "", "--cond", "module", "missing ['y_embedder.embedding_table.weight']"),
+])  # fmt: skip
+def test_init_takes_all_weights_or_none(script, public, ours, wrapping, says, tmp_path, capsys):
+    nets = []
+    for flags in (public, ours):
+        args = script.parse_args(["--backbone" if script is T else "--size", "tiny", *flags.split()])
+        args.classes = script.SHAPES
+        nets.append(script.build(args)[0])
+    source = {k: v + 1 for k, v in nets[0].state_dict().items()}
+    torch.save(WRAPPINGS[wrapping](source), tmp_path / "public.pt")
+    if says:
+        assert says in refused(capsys, script.load_weights, nets[1], tmp_path / "public.pt")
+    else:
+        script.load_weights(nets[1], tmp_path / "public.pt")
+        assert all(nets[1].state_dict()[k].equal(v) for k, v in source.items())
 
 # ---- formulations
 def test_rk45_follows_the_exact_flow():

@@ -18,7 +18,7 @@ POINTS = {  # [P] Tab. 10: (model, backbone, CIFAR-10?) -> layer; level
     ("edm", "ddpmpp", True): ("out_9", 0.06), ("edm", "ddpmpp", False): ("out_8", 0.06),
     ("rf", "ddpmpp", True): ("out_8", 0.06), ("rf", "ddpmpp", False): ("out_8", 0.06),
 }  # fmt: skip
-AVERAGE = {"ddpm": (0.9999, 13), "edm": (0.9993, 200), "rf": (0.9999, 13)}  # --ema, [P] Tab. 8; warm-up, Tab. 11
+UNETS = {"ddpm": (0.9999, 13, 0.1), "edm": (0.9993, 200, 0.13), "rf": (0.9999, 13, 0.1)}  # [P] Tab. 8, 11: EMA, warm-up
 DIT = {  # [P] Tab. 10, 11: (data set, class-conditional) -> layer, epochs
     ("imagenet100", False): ("8", 1400), ("imagenet100", True): ("8", 1000),
     ("imagenet", False): ("9", 90), ("imagenet", True): ("10", 90),
@@ -58,7 +58,7 @@ def test_recipe_is_the_papers_run(script, flags, numbers, tmp_path):
         if "--cl-t" in flags:
             level = float(flags[flags.index("--cl-t") + 1])
         assert got == (512 if args.backbone == "ddpm" else 256, epochs, 4e-4, layer, level)
-        assert (args.ema, args.warmup) == AVERAGE[args.model]
+        assert (args.ema, args.warmup, args.dropout) == UNETS[args.model]
     elif script == "train_uvit":
         assert got == (256, epochs, 4e-4, *(("out_2", 11) if small else ("out_1", 66)))
         assert (args.ema, args.warmup, args.patch, args.size) == (0.9999, 13, 2 if small else 4, "S")

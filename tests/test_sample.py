@@ -184,6 +184,10 @@ MISTAKES = (
     ("a.pt --out dir.png", "dir.png exists"),
     ("a.pt --out a.pt", "a.pt exists"),
     ("a.pt --out a.jpg", "pictures are PNG"),
+    ("dit.pt --cfg 2", "dit.pt is unconditional"),
+    ("cdit.pt --cfg -1", "--cfg"),
+    ("cdit.pt --steps 0", "--steps"),
+    ("cdit.pt --cfg-interval 0.9 0.1", "--cfg-interval"),
 )
 
 @pytest.mark.parametrize(("flags", "says"), MISTAKES)
@@ -192,6 +196,8 @@ def test_mistakes_show_before_the_first_image(flags, says, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     unet(tmp_path / "a.pt")
     make_checkpoint(tmp_path / "cond.pt", train_uvit, *UVIT)
+    for name, more in (("dit.pt", []), ("cdit.pt", ["--cond"])) if "dit.pt" in flags else ():
+        make_checkpoint(tmp_path / name, train_dit, "--size", "tiny", *more)
     (tmp_path / "dir.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sample, "image_noise", None)

@@ -181,32 +181,6 @@ def test_learning_rate():
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == rates[75] == 1
     assert rates[76] < 1 and rates[99] == pytest.approx(1 / 25) and min(rates) > 0
 
-@pytest.mark.parametrize(("flags", "want"), [
-    ("", {"epochs": 2000, "cooldown": 0, "save_every": 200, "resolution": 16}),
-    ("--epochs 8", {"warmup": 2, "cooldown": 0}),
-    ("--model rf --backbone tiny",
-     {"warmup": 0.5, "cooldown": 0.3, "dropout": 0, "lr": 2e-3, "layer": "out_2", "cl_t": 0.06}),
-    ("--cl 0.01 --aug 0", {"aug": 0}),
-])  # fmt: skip
-def test_defaults_that_are_no_recipe_of_the_papers(flags, want):
-    """Its recipes: tests/test_readme.py and tests/test_closed_forms.py."""
-    args = vars(T.parse_args(flags.split()))
-    assert {k: args[k] for k in want} == want
-
-@pytest.mark.parametrize("kind", ["MODEL", "EMA"])
-def test_init_takes_public_names_and_wrapped_ones(kind, tmp_path):
-    """As [DDAE] saves them: behind DDP's prefix; and as ema_pytorch keeps them, the average beside the trained ones."""
-    source = T.build(T.parse_args(TINY))[0].state_dict()
-    weights = {f"module.net.{k}": v for k, v in source.items()}
-    if kind == "EMA":
-        weights = {"initted": torch.tensor(True), "step": torch.tensor(3)}
-        weights |= {f"online_model.{k}": v + 1 for k, v in source.items()}
-        weights |= {f"ema_model.{k}": v for k, v in source.items()}
-    torch.save({kind: weights, "MODEL": weights}, tmp_path / "w.pt")
-    target, _ = T.build(T.parse_args([*TINY, "--self-cond", "--aug", "0.1"]))
-    T.load_weights(target, tmp_path / "w.pt")
-    assert all(target.state_dict()[k].equal(v) for k, v in source.items())
-
 # ---- mistakes
 MISTAKES = [  # flags, and what is said
     ("--dataset nowhere", "no folder"), ("--accum 3", "not divisible"), ("--batch 128", "more than the 64"),
