@@ -3,11 +3,13 @@
     python fid.py runs/NAME                                # 50 000 samples against its own training set
     python fid.py runs/NAME/epoch_*.pt --json fid.json     # the lowest counts, as in [P]
     python fid.py samples.npz --ref cifar100               # what sample.py wrote, npz or folder of PNGs
-    torchrun --nproc_per_node=4 fid.py runs/LATENTS --ref VIRTUAL_imagenet256_labeled.npz --labels random   # as [ADM]
+    torchrun --nproc_per_node=4 -- fid.py runs/LATENTS --ref VIRTUAL_imagenet256_labeled.npz --labels random
 
 [FID] Heusel et al. 2017, arXiv:1706.08500   [IS] Salimans et al. 2016, arXiv:1606.03498
 [P] DDAE++, arXiv:2505.10999   [DDAE] Xiang et al. 2023, arXiv:2303.09769
 [ADM] Dhariwal & Nichol 2021, arXiv:2105.05233: its statistics (mu and sigma) are the reference at 256 pixels
+
+UNSPECIFIED marks what [P] leaves open, DEVIATION where we differ from what we follow.
 
 What is compared (UNSPECIFIED: [P] says neither the number of samples nor the split): as in [DDAE], EMA weights, 50 000
 samples against the training set at its own resolution.
@@ -48,8 +50,9 @@ from sample import UserError, generate, load_checkpoint, parse_labels, sampling_
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
 WEIGHTS_SHA = "6726825d"  # how the file's sha256 begins
-LEAST_IMAGES = 2048  # fewer cannot fill the covariance of 2048 features
+LEAST_IMAGES = 2048  # as many as features; with fewer the number says little
 USUAL_IMAGES = 50_000  # fewer make FID higher than published ones
+SPLITS = 10  # of the Inception Score
 
 # ---- 1. Inception-v3 of 2015-12-05 -------------
 def avg_pool(x):
@@ -91,7 +94,7 @@ class Inception(inception.Inception3):
         self.Mixed_7c.pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
     def forward(self, x):
-        """Images (B, 3, 299, 299) in [-1, 1] -> features (B, 2048) float32, unbiased logits (B, 1008) float64."""
+        """Images (B, 3, 299, 299) in [-1, 1] -> features (B, 2048) float32, logits without fc's bias (B, 1008)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(x))))  # (B, 288, 35, 35)
@@ -127,7 +130,8 @@ def load_inception(path, device, rank=0, world=1):
     hash is used, with a warning: its numbers compare with nothing published.
     Raises UserError where the weights are missing, damaged or of another network.
     """
-    net, path = Inception(), path or download_weights(rank, world)
+    net = Inception()
+    path = path or download_weights(rank, world)
     state = sample.read_weights(path)
     net.sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     try:
@@ -155,9 +159,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
     return max(0.0, distance.item())
 
-def score_splits(n, splits=10):
+def assign_splits(n):
     """The split of the Inception Score that each of n images belongs to, (n,) int64; torch-fidelity's shuffle."""
-    splits = min(splits, n)
+    splits = min(SPLITS, n)
     order = np.random.RandomState(2020).permutation(n)
     split = torch.empty(n, dtype=torch.int64)
     for s in range(splits):
@@ -171,10 +175,14 @@ class Sums:
     features are of order 1, so float64 keeps 13 digits (tests/test_fid.py compares with two passes).
     """
 
-    def __init__(self, width=2048, classes=1008, splits=10, device="cpu"):
-        shapes = {"feat": (width,), "outer": (width, width)}  # sums of x and of x x^T
-        shapes |= {"count": (splits,), "p": (splits, classes), "plogp": (splits,)}  # per split, p = softmax(logits)
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+    def __init__(self, width=2048, classes=1008, device="cpu"):
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.sums = {
+            "feat": zeros(width), "outer": zeros(width, width),  # sums of x and of x x^T
+            "count": zeros(SPLITS), "p": zeros(SPLITS, classes), "plogp": zeros(SPLITS),  # p = softmax(logits)
+        }  # fmt: skip
 
     def update(self, feat, logits, split):
         """Add images: feat (B, D), logits (B, K), split (B,) int64 below S."""
@@ -194,8 +202,8 @@ class Sums:
 
     def inception_score(self):
         """exp of the mean KL(p(y|x), p(y)) of a split; mean and population standard deviation over splits. [IS]"""
-        full = self.sums["count"] > 0  # fewer images than splits leave some empty
-        count, p, plogp = (self.sums[name][full] for name in ("count", "p", "plogp"))
+        nonempty = self.sums["count"] > 0  # fewer images than splits leave some empty
+        count, p, plogp = (self.sums[name][nonempty] for name in ("count", "p", "plogp"))
         marginal = p / count[:, None]  # (S, K)
         # mean KL = mean of sum p log p - sum of marginal log marginal
         scores = (plogp / count - torch.xlogy(marginal, marginal).sum(1)).exp()  # (S,)
@@ -221,7 +229,10 @@ def in_batches(name, n, size, fetch, batch):
 
 def in_memory(name, images, batch):
     """Images of a tensor, uint8 (N, 3, H, W)."""
-    return in_batches(name, len(images), images.shape[2:], lambda i: images[i.start : i.stop], batch)
+    def fetch(indices):
+        return images[indices.start : indices.stop]
+
+    return in_batches(name, len(images), images.shape[2:], fetch, batch)
 
 def read_npz(path, *names):
     """Those of the named arrays that an npz holds, {name: array}; nothing is unpickled, and no other array is read."""
@@ -230,7 +241,7 @@ def read_npz(path, *names):
             return {name: file[name] for name in names if name in file.files}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except Exception as error:  # a damaged zip may raise anything; an array without names, too
+    except Exception as error:  # a damaged zip may raise anything; a bare .npy ends here, too
         reason = sample.first_line(error)
         raise UserError(f"{path} cannot be read as an npz ({reason}): make it anew") from error
 
@@ -244,7 +255,7 @@ def open_npz(path, n, batch):
     return in_memory(str(path), torch.from_numpy(array[:n]).permute(0, 3, 1, 2), batch)
 
 def read_png(path):
-    """A PNG of 8 bits, RGB, gray or of a palette, as uint8 (H, W, 3). Others would have to be converted in some way."""
+    """A PNG of 8 bits, RGB, gray or of a palette, as uint8 (H, W, 3). Gray of 16 bits and transparency are refused."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
@@ -284,7 +295,7 @@ def open_samples(path, args, device):
         raise UserError(f"{path}: give an npz, a folder of PNGs, or a checkpoint (.pt)")
     model, options = load_checkpoint(path, device, args.script), sampling_options(args)
     options["labels"] = parse_labels(args.labels, model)
-    generate(model, 0, **options)  # flags that do not fit end here, not after the reference
+    generate(model, 0, **options)  # samples nothing, but raises for flags that do not fit this model
 
     def blocks(rank, world):
         for indices, images, _ in generate(model, args.n, rank, world, **options):
@@ -295,7 +306,7 @@ def open_samples(path, args, device):
     return model, Images(name, args.n, (side, side), blocks)
 
 def check_images(images, size, args):
-    """Refuse images whose covariance would be singular, or that have another size than what they are compared with."""
+    """Refuse too few images, and those of another size than what they are compared with."""
     least = 2 if args.allow_few else LEAST_IMAGES
     if images.n < least:
         raise UserError(f"{images.name}: {images.n} images, but FID needs {LEAST_IMAGES}, as many as features; "
@@ -308,18 +319,17 @@ def check_images(images, size, args):
 def measure(net, images, batch, rank=0, world=1):
     """Run the Inception over Images, each rank over its share, `batch` at a time -> Sums over all ranks."""
     device = net.fc.weight.device
-    split, sums = score_splits(images.n), Sums(device=device)
+    split_of_image, sums = assign_splits(images.n), Sums(device=device)
     bar = tqdm(total=images.n, unit="img", desc="inception", disable=rank > 0)
     for indices, block in images.blocks(rank, world):
-        assert block.shape[1:] == (3, *images.size), f"{images.name}: {tuple(block.shape)}"
-        splits = split[indices.start : indices.stop]
-        for piece, s in zip(block.split(batch), splits.split(batch), strict=True):
+        splits = split_of_image[indices.start : indices.stop]
+        for piece, piece_splits in zip(block.split(batch), splits.split(batch), strict=True):
             x = preprocess(piece.to(device)).contiguous(memory_format=torch.channels_last)
             # FID would move with TF32.
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
                 feat, logits = net(x)
-            sums.update(feat, logits, s.to(device))
-        bar.update(min(world * len(indices), images.n - bar.n))
+            sums.update(feat, logits, piece_splits.to(device))
+        bar.update(min(world * len(indices), images.n - bar.n))  # the other ranks are about as far
     bar.close()
     if world > 1:
         for value in sums.sums.values():
@@ -349,13 +359,13 @@ def dataset_reference(script, name, data, size, net, args, rank, world):
     check_images(images, size, args)
     pixel_hash = hashlib.sha256(pixels.numpy()).hexdigest()[:16]
     cache = Path(data, ".fid", f"{Path(name).name}_train_{size[0]}_{pixel_hash}_{net.sha}.npz")
-    made_from = {"dataset": name, "split": "train", "resolution": size[0], "count": len(pixels)}
-    made_from["pixels"] = pixel_hash
-    is_stored = [cache.is_file()]
+    made_from = {"dataset": name, "split": "train", "resolution": size[0], "count": len(pixels), "pixels": pixel_hash}
+    is_stored = [cache.is_file()]  # a list, as broadcast_object_list wants
     if world > 1:
         dist.broadcast_object_list(is_stored)  # rank 0's answer, for all
     if is_stored[0]:
-        return read_statistics(cache) if rank == 0 else None, made_from
+        statistics = read_statistics(cache) if rank == 0 else None
+        return statistics, made_from
     mean, cov = measure(net, images, args.batch, rank, world).gaussian()
     if rank == 0:
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")
@@ -371,19 +381,21 @@ def dataset_reference(script, name, data, size, net, args, rank, world):
     return (mean, cov), made_from
 
 def is_path(name):
-    """Whether --ref names files, not a data set, whose folder would hold train/."""
+    """Whether --ref names files: an npz, a path with "/", or a folder here that is no data set with train/."""
     path = Path(name)
-    if path.suffix.lower() == ".npz":
+    if path.suffix.lower() == ".npz" or "/" in name:
         return True
-    return not (path / "train").is_dir() and ("/" in name or path.is_dir())
+    return path.is_dir() and not (path / "train").is_dir()
 
 def reference(model, size, net, args, rank, world):
     """What samples of a size (H, W) are compared with: its mean (2048,) and covariance (2048, 2048), on rank 0, and
     a dict that says what it is. By default it is the data set that the model was trained on.
     """
-    name = args.ref or (model and model.args.dataset)
+    name = args.ref
     if name is None:
-        raise UserError("--ref is missing: a data set, folder or npz to compare with")
+        if model is None:
+            raise UserError("--ref is missing: a data set, folder or npz to compare with")
+        name = model.args.dataset
     is_dataset = args.ref is None or not is_path(name)
     if is_dataset:
         data = args.data or (model.args.data if model else "./data")
@@ -428,12 +440,20 @@ def score(sums, gaussian):
             raise UserError("NaN or infinity among the features or in the reference: a damaged file")
     return frechet_distance(*gaussian, *ours), *sums.inception_score()
 
+def score_line(result, with_path):
+    """The numbers as they are printed: `FID 7.14  IS 8.31 +- 0.10`."""
+    text = f"FID {result['fid']:.2f}  IS {result['is_mean']:.2f} +- {result['is_std']:.2f}"
+    return f"{text} ({result['samples']})" if with_path else text
+
 def describe_sampling(model, args):
     """What the samples of a model depend on, flags or defaults of its sampler: a dict of plain values."""
     facts = {"seed": args.seed, "amp": args.amp}
+    names = ["steps", "shift"]
+    if model.net.classes:
+        names += ["cfg", "cfg_interval"]
     for name, parameter in inspect.signature(model.diffusion.sample).parameters.items():
-        if name in ("steps", "cfg", "cfg_interval", "shift"):
-            given = getattr(args, name, None)
+        if name in names:
+            given = getattr(args, name, None)  # shift has no flag
             facts[name] = parameter.default if given is None else given
     if model.net.classes:
         facts["labels"] = args.labels
@@ -458,7 +478,7 @@ def main(args):
     net = load_inception(args.weights, device, rank, world)
     gaussian, made_from = reference(first_model, first_images.size, net, args, rank, world)
     if rank == 0:
-        print(f"Inception: sha256 {net.sha}; score: 10 splits by RandomState(2020), 1008 unbiased logits")
+        print(f"Inception: sha256 {net.sha}; score: 10 splits by RandomState(2020), 1008 logits without bias")
         print("reference: " + ", ".join(f"{name} {value}" for name, value in made_from.items()))
 
     # 2. The numbers, printed and written as they come.
@@ -467,8 +487,8 @@ def main(args):
         if rank == 0:
             print(f"samples: {images.n} images of {images.size[1]}x{images.size[0]} from {images.name}")
             if images.n < USUAL_IMAGES:
-                warning = f"{images.n} samples: FID falls with their number, compare at {USUAL_IMAGES}"
-                print(f"warning: {warning}", file=sys.stderr)
+                print(f"warning: {images.n} samples: FID falls with their number, compare at {USUAL_IMAGES}",
+                      file=sys.stderr)
         sums = measure(net, images, args.batch, rank, world)
         if rank > 0:
             continue
@@ -489,11 +509,6 @@ def main(args):
         print("the lowest:", score_line(lowest, with_path=True), sep="\n")
     if world > 1:
         dist.destroy_process_group()
-
-def score_line(result, with_path):
-    """The numbers as they are printed: `FID 7.14  IS 8.31 +- 0.10`."""
-    text = f"FID {result['fid']:.2f}  IS {result['is_mean']:.2f} +- {result['is_std']:.2f}"
-    return f"{text} ({result['samples']})" if with_path else text
 
 if __name__ == "__main__":
     sample.run_tool(main, parse_args())

@@ -1,18 +1,20 @@
-"""What a checkpoint knows: a linear layer on the frozen feature of every layer, at many noise levels. [P] is DDAE++
+"""Linear probes of a checkpoint's frozen features, its held-out loss, and the figures of [P].
 
     python probe.py runs/NAME                            # at the paper's layer and level ([P] Tab. 10)
     python probe.py runs/NAME --grid --pixels --cache    # layers x levels, beside raw input
     python probe.py runs/NAME/epoch_{0800,1000,1200}.pt  # CIFAR: the best of three
     python probe.py probe.json fid.json --plot fid.png   # [P] Fig. 3, from what probe.py and fid.py wrote
-    torchrun --nproc_per_node=4 probe.py runs/A runs/B --loss    # held-out loss, of both on the same images and noise
+    torchrun --nproc_per_node=4 -- probe.py runs/A runs/B --loss    # held-out loss, on the same images and noise
 
 The protocol of [P] (DDAE++, arXiv:2505.10999, Tab. 11; ancestor [DDAE], arXiv:2303.09769): EMA weights, cross-entropy,
-Adam with a cosine to 0, horizontal flip only, fresh noise in each epoch, no label; one fixed noise per test image.
+Adam with a cosine to 0, horizontal flip only, fresh noise in each epoch and one fixed noise per test image. The network
+is given no class. UNSPECIFIED marks what [P] leaves open.
 
 x0 clean image   noise unit noise   level step, sigma or time   feat (B, D) pooled feature, layers side by side
 B batch   N images of a split   D width, summed over the L layers probed   K classes
 model is what sample.load_checkpoint returns: the train script and its flags, the network, the diffusion process, and
-a name, "run, epoch N". A result is what is measured of one checkpoint, a cell one of its accuracies.
+a name, "run, epoch N". A result is a dict of one checkpoint, as in the JSON file. Its cells are dicts of one accuracy
+each, with the layer and the level (None: of the raw input).
 """
 
 import argparse
@@ -52,10 +54,11 @@ LEVELS = {  # by the class of model.diffusion
 }
 # Batch for networks on pixels, by --backbone or --size; others 256. UNSPECIFIED: as we read [P] Tab. 11; tiny is ours
 BATCHES = {"ddpm": 512, "tiny": 128}
-NOISE_BLOCK = 512  # images whose noise is drawn as a whole: another number would be other noise
-PIECE = 512  # images that are classified at once, for memory
-KNN_K, KNN_TEMPERATURE = 20, 0.07
-# Independent streams of random numbers under one --seed
+NOISE_BLOCK = 512  # images whose noise comes from one generator; as if part of the seed
+CHUNK = 512  # images that are classified at once, for memory
+LOSS_BLOCK = 25  # images that make one observation of the held-out loss
+KNN_K, KNN_TEMPERATURE = 20, 0.07  # of Wu et al. 2018, arXiv:1805.01978, with fewer neighbours
+# Independent streams of random numbers under one --seed. FRESH is drawn anew in each epoch; TRAIN, MIRRORED, TEST once
 ORDER, FRESH_NOISE, TRAIN_NOISE, MIRRORED_NOISE, TEST_NOISE, SUBSET, LOSS_NOISE = range(7)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 POOLS = {"gap": "mean over the image", "token": "a random token", "cls": "[CLS] token"}
@@ -100,15 +103,16 @@ class Split:
         return self.to_x0(images.to(index.device), flip)
 
 def load_split(model, args, name, device):
-    """Read the split "train" or "test" by the checkpoint's train script; on the device unless that would fill it."""
+    """Read the split "train" or "test" by the checkpoint's train script; on the device if half of it stays free."""
     flags = argparse.Namespace(**vars(model.args))
     flags.dataset = args.dataset or flags.dataset
-    flags.data = args.data or flags.data
     if getattr(flags, "cache_latents", None):  # a DiT on latents, for which --data is their folder
         flags.cache_latents = args.data or flags.cache_latents
+    else:
+        flags.data = args.data or flags.data
     images, labels, classes = model.script.load_data(flags, name)
     if args.subset:
-        generator = stream_generator("cpu", args.seed, SUBSET, 0)
+        generator = stream_generator("cpu", args.seed, SUBSET)
         chosen = torch.randperm(len(labels), generator=generator)[: args.subset]
         images, labels = images[chosen], labels[chosen]
     if device.type == "cpu" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -117,9 +121,9 @@ def load_split(model, args, name, device):
 
 @dataclass
 class Encoder:
-    """The frozen network at one noise level: (x0, noise), both (B, C, H, W) -> feat (B, D) float32."""
+    """Features at one noise level, or the raw input: (x0, noise), both (B, C, H, W) -> feat (B, D) float32."""
     model: object
-    level: float | None  # None: no network, the clean x0 itself
+    level: float | None  # None: the clean x0, flattened
     widths: dict  # {layer: width} of the layers that stand side by side in D
     pool: str | None = "gap"  # or "token", "cls"
     autocast: object = torch.autocast("cpu", enabled=False)
@@ -136,7 +140,7 @@ class Encoder:
                 self.model.net, x0, self.level, noise, y=None, pool=self.pool, last=deepest)
         return torch.cat([feats[name].float() for name in self.widths], dim=1)  # (B, D)
 
-def stored_features(encode, split, stream, seed, flip=False):
+def compute_features(encode, split, stream, seed, flip=False):
     """Features of a whole split under one fixed noise per image, (N, D) float32, the same on each rank.
 
     Noise follows from (seed, stream, number of the block, place in it), whatever the number of ranks.
@@ -147,9 +151,10 @@ def stored_features(encode, split, stream, seed, flip=False):
     blocks = range(rank, math.ceil(n / NOISE_BLOCK), world)
     for block in tqdm(blocks, desc="features", leave=False, disable=rank > 0):
         index = torch.arange(block * NOISE_BLOCK, min((block + 1) * NOISE_BLOCK, n), device=device)
-        x0 = split.x0(index, torch.full_like(index, flip, dtype=torch.bool))
+        x0 = split.x0(index, torch.full((len(index),), flip, device=device))
         generator = stream_generator(device, seed, stream, block)
-        torch.manual_seed(generator.initial_seed())  # --pool token draws its tokens from the global generator
+        if encode.pool == "token":  # whose tokens are drawn from the global generator
+            torch.manual_seed(generator.initial_seed())
         feats[index] = encode(x0, torch.randn(x0.shape, generator=generator, device=device))
     return all_reduce(feats)  # a row is 0 on all ranks but one
 
@@ -174,12 +179,13 @@ class Heads(nn.Module):
     def accuracy(self, feat, labels):
         """Top-1 accuracy of each head in percent, a list of L floats, from feat (N, D) and labels (N,)."""
         hits = torch.zeros(len(self.widths), device=feat.device)
-        for x, y in zip(feat.split(PIECE), labels.split(PIECE), strict=True):
+        for x, y in zip(feat.split(CHUNK), labels.split(CHUNK), strict=True):
             hits += (self(x).argmax(2) == y).sum(1)
         return (100 * hits / len(labels)).tolist()
 
 def train_heads(encode, train, args, stored=None, mean=0.0, std=1.0):
-    """Train the heads of all layers at once; losses are summed and Adam works element by element: each learns alone.
+    """Train one head per layer, all at once. The losses are summed, and Adam treats each weight alone, so that heads
+    do not influence each other.
 
     stored: features to train on instead of fresh ones, (without flip (N, D), with flip (N, D)). Order, flips and noise
     are drawn for whole batches, of which a rank takes its share: any number of ranks ends with the same Heads, except
@@ -190,26 +196,29 @@ def train_heads(encode, train, args, stored=None, mean=0.0, std=1.0):
     heads = Heads(encode.widths.values(), train.classes, mean, std).to(device)
     optimizer = torch.optim.Adam(heads.parameters(), lr=args.lr)
     steps = math.ceil(n / args.batch)  # per epoch, with a smaller last one, as in [DDAE]
+    flip_probability = 0.5 if args.flip else 0.0
     bar = tqdm(total=args.epochs * steps, desc="heads", leave=False, disable=rank > 0)
     for epoch in range(args.epochs):
         generator = stream_generator("cpu", args.seed, ORDER, epoch)
         noise_generator = stream_generator(device, args.seed, FRESH_NOISE, epoch)
         order = torch.randperm(n, generator=generator).to(device)
-        flip = torch.rand(n, generator=generator) < (0.5 if args.flip else 0)
+        flip = torch.rand(n, generator=generator) < flip_probability
         flip = flip.to(device)  # (N,), of image i
         for step, batch in enumerate(order.split(args.batch)):
             index = batch.tensor_split(world)[rank]  # this rank's share, (b,)
             if stored is not None:
-                feat = torch.where(flip[index, None], stored[1][index], stored[0][index])  # (b, D)
+                plain, mirrored = stored
+                feat = torch.where(flip[index, None], mirrored[index], plain[index])  # (b, D)
             else:
                 x0 = train.x0(index, flip[index])
                 noise = torch.randn(len(batch), *x0.shape[1:], generator=noise_generator, device=device)
-                torch.manual_seed(noise_generator.initial_seed() + step * world + rank)  # for --pool token
+                if encode.pool == "token":
+                    torch.manual_seed(noise_generator.initial_seed() + step * world + rank)
                 feat = encode(x0, noise.tensor_split(world)[rank])  # the same share
             logits = heads(feat)  # (L, b, K)
             labels = train.labels[index].repeat(len(logits))  # (L b,), once for each layer
-            # The mean over the images of all ranks, summed over layers.
-            loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / len(batch)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+            loss = losses / len(batch)  # the mean over the images of all ranks, summed over layers
             optimizer.zero_grad()
             loss.backward()
             for parameter in heads.parameters():
@@ -225,10 +234,11 @@ def train_heads(encode, train, args, stored=None, mean=0.0, std=1.0):
 def knn(queries, labels, bank, bank_labels, widths, classes):
     """Top-1 accuracy of each layer in percent, a list of L floats: the k nearest training features (bank) vote."""
     accuracy = []
-    for query, key in zip(queries.split(list(widths), 1), bank.split(list(widths), 1), strict=True):
-        query, key, hits = F.normalize(query, dim=1), F.normalize(key, dim=1), 0
-        for q, y in zip(query.split(PIECE), labels.split(PIECE), strict=True):
-            similarity, near = (q @ key.T).topk(min(KNN_K, len(key)), 1)  # (b, k)
+    for layer_queries, keys in zip(queries.split(list(widths), 1), bank.split(list(widths), 1), strict=True):
+        layer_queries, keys = F.normalize(layer_queries, dim=1), F.normalize(keys, dim=1)
+        hits = 0
+        for q, y in zip(layer_queries.split(CHUNK), labels.split(CHUNK), strict=True):
+            similarity, near = (q @ keys.T).topk(min(KNN_K, len(keys)), 1)  # (b, k)
             weight = (similarity / KNN_TEMPERATURE).exp()
             score = torch.zeros(len(q), classes, device=q.device)
             score.scatter_add_(1, bank_labels[near], weight)  # (b, K)
@@ -238,7 +248,7 @@ def knn(queries, labels, bank, bank_labels, widths, classes):
 
 # ---- 3. The probe of one checkpoint ------------
 def load_model(path, args, device):
-    """load_checkpoint; raises UserError for layers and levels that the checkpoint does not have."""
+    """Load a checkpoint. Raises UserError for layers and levels that it does not have."""
     model = load_checkpoint(path, device, args.script)
     for layer in args.layer or []:
         if layer not in model.net.layers:
@@ -251,8 +261,15 @@ def load_model(path, args, device):
             raise UserError(f"{model.path}, --t: {error}") from error
     return model
 
+def levels_of(model):
+    """The Levels of a checkpoint's formulation."""
+    name = type(model.diffusion).__name__
+    if name not in LEVELS:
+        raise UserError(f"{model.path}: add the noise levels of {name} to LEVELS in probe.py")
+    return LEVELS[name]
+
 def fill_in_protocol(args, model, split, device):
-    """A copy of the flags with what they leave open, from [P] Tab. 10 and 11; and args.autocast."""
+    """Return a copy of the flags with what they leave open, by [P] Tab. 10 and 11, and with args.autocast."""
     args, trained = argparse.Namespace(**vars(args)), model.args
     args.dataset = args.dataset or trained.dataset
     latents = split.images.ndim == 5
@@ -263,18 +280,19 @@ def fill_in_protocol(args, model, split, device):
     args.amp = model.script.choose_precision(args.amp, device)
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     args.autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
-    levels = LEVELS[type(model.diffusion).__name__]
+    levels = levels_of(model)
     if args.t is None:
-        args.t = [trained.cl_t]  # by default the level of [P] Tab. 10, also in runs without --cl
-        if args.grid and len(args.pool) == 1:  # [P] Fig. 4 has one level
-            args.t = levels.grid
         if args.loss:
             args.t = levels.loss
+        elif args.grid and len(args.pool) == 1:  # [P] Fig. 4 has one level
+            args.t = levels.grid
+        else:
+            args.t = [trained.cl_t]  # the level of [P] Tab. 10, also in runs without --cl
     return args
 
 def result_header(model, args):
     """The beginning of a result: what was measured, a dict of plain values."""
-    levels = LEVELS[type(model.diffusion).__name__]
+    levels = levels_of(model)
     return {"checkpoint": str(model.path), "name": model.name, "flags": describe(model.args), "dataset": args.dataset,
             "epoch": model.epoch, "levels": args.t, "symbol": levels.symbol, "unit": levels.unit}
 
@@ -292,10 +310,10 @@ def make_encoders(model, args, x0):
             layers = list(feats)
         widths = {layer: feats[layer].shape[1] for layer in layers}
         encoders += [Encoder(model, level, widths, pool, args.autocast) for level in args.t]
-    if args.pixels:
-        encoders.append(Encoder(model, None, {"pixels": x0.numel()}, pool=None))
     if not encoders:
         raise UserError(f"{model.path} has no --pool {' '.join(args.pool)}")
+    if args.pixels:
+        encoders.append(Encoder(model, None, {"pixels": x0.numel()}, pool=None))
     return encoders
 
 def probe(model, args, device):
@@ -313,42 +331,42 @@ def probe(model, args, device):
     pools = list(dict.fromkeys(encode.pool for encode in encoders if encode.pool))
     result = result_header(model, args)
     result.update(layers=list(encoders[0].widths), pools=pools, protocol=protocol, cells=[])
+    count = len(args.paths) * sum(len(encode.widths) for encode in encoders)
     for encode in encoders:
         cells = probe_level(encode, train, test, args)
         result["cells"] += cells
-        is_only_number = len(args.paths) == len(encoders) == len(cells) == 1
         for cell in cells:
-            if not is_only_number:  # which main prints
+            if count > 1:  # main prints an only one
                 print_once(describe_cell(cell, result))
     return result
 
 def probe_level(encode, train, test, args):
     """Accuracies of every layer in percent: dicts with layer, level, pool, linear, linear_se, knn (or None)."""
     widths = encode.widths.values()
-    test_feat = stored_features(encode, test, TEST_NOISE, args.seed)  # (N, D)
+    test_feat = compute_features(encode, test, TEST_NOISE, args.seed)  # (N, D)
     if not torch.isfinite(test_feat).all():
         path = encode.model.path
         raise UserError(f"{path}: the features hold NaN or infinity; try --amp off, or an earlier epoch")
-    stored, nearest = None, [None] * len(widths)
+    stored, knn_accuracy = None, [None] * len(widths)
     mean, std = 0.0, 1.0
     if args.cache or args.batchnorm or args.features:
-        bank = stored_features(encode, train, TRAIN_NOISE, args.seed)  # (N, D)
-        nearest = knn(test_feat, test.labels, bank, train.labels, widths, train.classes)
+        bank = compute_features(encode, train, TRAIN_NOISE, args.seed)  # (N, D)
+        knn_accuracy = knn(test_feat, test.labels, bank, train.labels, widths, train.classes)
     if args.features and encode.level is not None and rank_and_world()[0] == 0:
         arrays = {"train": bank, "train_labels": train.labels, "test": test_feat, "test_labels": test.labels}
-        with open(args.features, "wb") as file:  # of the last encoder in the end
+        with open(args.features, "wb") as file:  # each encoder overwrites the one before
             np.savez(file, **{name: array.cpu() for name, array in arrays.items()})
-    if args.batchnorm:  # statistics of the training split instead of BatchNorm's running ones, with its 1e-5
+    if args.batchnorm:  # with exact statistics of the training split; 1e-5 is BatchNorm's epsilon
         mean, std = bank.mean(0), (bank.var(0, correction=0) + 1e-5).sqrt()
     if args.cache:
-        mirrored = stored_features(encode, train, MIRRORED_NOISE, args.seed, flip=True) if args.flip else bank
+        mirrored = compute_features(encode, train, MIRRORED_NOISE, args.seed, flip=True) if args.flip else bank
         stored = (bank, mirrored)
     linear = train_heads(encode, train, args, stored, mean, std).accuracy(test_feat, test.labels)
     cells = []
-    for layer, accuracy, neighbours in zip(encode.widths, linear, nearest, strict=True):
+    for layer, accuracy, nearest in zip(encode.widths, linear, knn_accuracy, strict=True):
         se = standard_error(accuracy, len(test.labels))
         cells.append({"layer": layer, "level": encode.level, "pool": encode.pool, "linear": accuracy,
-                      "linear_se": se, "knn": neighbours})
+                      "linear_se": se, "knn": nearest})
     return cells
 
 def standard_error(accuracy, n):
@@ -374,10 +392,10 @@ def describe_cell(cell, result):
 # ---- 4. Held-out loss --------------------------
 @torch.no_grad()
 def heldout_loss(model, args, device, baseline=None):
-    """The formulation's loss on the test split, unweighted, without class or augmentation label: a dict.
+    """The loss on the test split, without class, augmentation and EDM's learned weight: a dict.
 
-    diffusion.loss averages over its batch, so one observation is the mean of a random block of about 25 images: smaller
-    blocks would take more passes, larger ones leave fewer observations for the standard error. Noise depends on image
+    diffusion.loss averages over its batch, so one observation is the mean of a random block of images. Smaller blocks
+    would take more passes, larger ones leave fewer observations for the standard error. Noise depends on image
     and level alone, so that blocks pair up with those of `baseline`, the first checkpoint's result.
     """
     test = load_split(model, args, "test", device)
@@ -386,8 +404,8 @@ def heldout_loss(model, args, device, baseline=None):
     if n < 2:
         raise UserError(f"--loss needs two test images or more, {args.dataset} has {n}")
     rank, world = rank_and_world()
-    order = torch.randperm(n, generator=stream_generator("cpu", args.seed, ORDER, 0))
-    blocks = order.tensor_split(max(2, math.ceil(n / 25)))  # a standard error needs two
+    order = torch.randperm(n, generator=stream_generator("cpu", args.seed, ORDER))
+    blocks = order.tensor_split(max(2, math.ceil(n / LOSS_BLOCK)))  # a standard error needs two
     losses = torch.zeros(len(args.t), len(blocks), dtype=torch.float64, device=device)
     for b in tqdm(range(rank, len(blocks), world), desc="loss", leave=False, disable=rank > 0):
         x0 = test.x0(blocks[b].to(device))  # (B, C, H, W)
@@ -417,14 +435,14 @@ def heldout_loss(model, args, device, baseline=None):
 
 def heldout_noise(index, level, seed, shape):
     """The noise of a test image at a level, for --loss: of `shape`, on the CPU."""
-    generator = stream_generator("cpu", seed, LOSS_NOISE, round(1e6 * level), index)
+    generator = stream_generator("cpu", seed, LOSS_NOISE, round(1e6 * level), index)  # whole numbers
     return torch.randn(shape, generator=generator)
 
 # ---- 5. Figures --------------------------------
-def new_figure(panels, results, height=5):
+def new_figure(panels, datasets):
     """A figure that is headed by the data sets, and its panels in a row."""
-    figure = Figure((1 + 6 * panels, height), layout="constrained")
-    figure.suptitle(" and ".join(dict.fromkeys(result["dataset"] for result in results)))
+    figure = Figure((1 + 6 * panels, 5), layout="constrained")
+    figure.suptitle(" and ".join(dict.fromkeys(datasets)))
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 def finish_panel(axes, xlabel, ylabel):
@@ -456,8 +474,8 @@ def draw_layer_maps(results):
         maps.setdefault(key, []).append(result)
     accuracies = [cell["linear"] for cell in network_cells(results)]
     low, high = min(accuracies), max(accuracies)
-    figure, panels = new_figure(len(maps), results)
-    width = 2
+    figure, panels = new_figure(len(maps), [result["dataset"] for result in results])
+    inches = 2
     for axes, group in zip(panels, maps.values(), strict=True):
         first = group[0]
         ticks, title = [f"{level:g}" for level in first["levels"]], first["name"]
@@ -467,7 +485,7 @@ def draw_layer_maps(results):
             xlabel = f"epoch, at {first['symbol']} = {first['levels'][0]:g}"
             title = first["name"].split(",")[0]
         values = [cell["linear"] for cell in network_cells(group)]
-        values = np.reshape(values, (-1, len(first["layers"]))).T  # (layers, columns): a column stood together
+        values = np.reshape(values, (-1, len(first["layers"]))).T  # (layers, columns): cells come column by column
         image = axes.imshow(values, aspect="auto", vmin=low, vmax=high)
         for (y, x), value in np.ndenumerate(values):
             color = "w" if value < (low + high) / 2 else "k"
@@ -478,14 +496,14 @@ def draw_layer_maps(results):
         columns = max(4, len(ticks))
         title = textwrap.fill(f"{title}: {first['flags']}", 7 * columns, break_on_hyphens=False)
         axes.set_title(title, size=8)
-        width += 1 + 0.5 * columns
-    figure.set_size_inches(width, 2.5 + 0.35 * max(len(result["layers"]) for result in results))
+        inches += 1 + 0.5 * columns
+    figure.set_size_inches(inches, 2.5 + 0.35 * max(len(result["layers"]) for result in results))
     figure.colorbar(image, ax=panels, label=ACCURACY)
     return figure
 
 def draw_poolings(results):
     """Accuracy over layers: a panel per checkpoint, a line per pooling. [P] Fig. 4"""
-    figure, panels = new_figure(len(results), results)
+    figure, panels = new_figure(len(results), [result["dataset"] for result in results])
     for axes, result in zip(panels, results, strict=True):
         for number, pool in enumerate(POOLS):
             accuracies = [cell["linear"] for cell in network_cells([result]) if cell["pool"] == pool]
@@ -499,15 +517,15 @@ def draw_poolings(results):
 def draw_heldout_loss(results):
     """Held-out loss over levels; beside it the paired differences to the first run, in percent of its loss."""
     first = results[0]
-    figure, panels = new_figure(min(2, len(results)), results)
+    figure, panels = new_figure(min(2, len(results)), [result["dataset"] for result in results])
     for number, result in enumerate(results):
         label = f"{result['name']}, {result['flags']}"
-        look = {"capsize": 3, **style(number)}
-        panels[0].errorbar(result["levels"], result["loss"], result["loss_se"], label=label, **look)
+        line_style = {"capsize": 3, **style(number)}
+        panels[0].errorbar(result["levels"], result["loss"], result["loss_se"], label=label, **line_style)
         if number > 0:
-            percent = 100 / np.array(first["loss"])
-            difference, error = percent * result["difference"], percent * result["difference_se"]
-            panels[1].errorbar(first["levels"], difference, error, label=result["name"], **look)
+            to_percent = 100 / np.array(first["loss"])
+            difference, error = to_percent * result["difference"], to_percent * result["difference_se"]
+            panels[1].errorbar(first["levels"], difference, error, label=result["name"], **line_style)
     xlabel = level_label(first)
     finish_panel(panels[0], xlabel, f"held-out loss ± standard error, {first['n_images']} images")
     if len(results) > 1:
@@ -519,17 +537,23 @@ def draw_heldout_loss(results):
     return figure
 
 def read_log(folder):
-    """What metrics.jsonl says: the flags (dict), and images seen and the unweighted diffusion loss, arrays (n,)."""
-    path, flags, images, losses = Path(folder, "metrics.jsonl"), None, [], []
+    """The flags (dict) in metrics.jsonl, and arrays (n,) of images seen and of loss_unweighted."""
+    path, flags, images, losses = Path(folder, "metrics.jsonl"), {}, [], []
+    step, images_seen = 0, 0
     if not path.is_file():
         raise UserError(f"{path} does not exist: give run folders")
     try:
         for line in path.read_text().splitlines():
-            row = json.loads(line) if line.endswith("}") else {}  # the last may be cut
-            if "args" in row:  # the first, and one of each resume
+            if not line.endswith("}"):  # cut by a kill
+                continue
+            row = json.loads(line)
+            if row["step"] > step:
+                images_seen += (row["step"] - step) * flags["batch"]
+                step = row["step"]
+            if "args" in row:  # the first line, and one of each resume, whose batch may be another
                 flags = row["args"]
-            elif row:
-                images.append(float(row["step"] * flags["batch"]))
+            else:
+                images.append(float(images_seen))
                 losses.append(float(row["loss_unweighted"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or of an earlier version ({error!r})") from error
@@ -540,16 +564,16 @@ def read_log(folder):
 def draw_training_loss(folders):
     """Unweighted diffusion loss over images seen, also of runs that go on: means over the same number of images."""
     logs = [read_log(folder) for folder in folders]
-    window = min(images[-1] for _, images, _ in logs) / 20  # images
-    figure, (axes,) = new_figure(1, [flags for flags, _, _ in logs])
+    window = min(images[-1] for _, images, _ in logs) / 20  # a twentieth of the shortest run
+    figure, (axes,) = new_figure(1, [flags["dataset"] for flags, _, _ in logs])
     for folder, (flags, images, losses) in zip(folders, logs, strict=True):
         if flags["model"] != logs[0][0]["model"]:
             raise UserError(f"{folders[0]} and {folder} differ in formulation: their losses do not compare")
         n = max(1, round(window * len(images) / images[-1]))  # lines of the log in a window
         start = min(2 * n, len(images) - n)  # skip the steep beginning, two windows, but leave one
-        means = np.ones(n) / n
-        images = np.convolve(images[start:], means, "valid")
-        losses = np.convolve(losses[start:], means, "valid")
+        kernel = np.ones(n) / n
+        images = np.convolve(images[start:], kernel, "valid")
+        losses = np.convolve(losses[start:], kernel, "valid")
         label = f"{Path(folder).absolute().name}, {describe(argparse.Namespace(**flags))}, {flags['dataset']}"
         axes.plot(images, losses, label=label, alpha=0.8)
     finish_panel(axes, "training images seen", f"unweighted diffusion loss, mean over {window:.0f} images")
@@ -564,6 +588,8 @@ def read_results(files):
         try:
             content = json.loads(Path(file).read_text())
             for row in content.get("checkpoints") or content["results"]:  # probe.py's, or fid.py's
+                if "samples" in row and "checkpoint" not in row:  # fid.py's of a folder of images
+                    continue
                 folder = str(Path(row["checkpoint"]).absolute().parent)
                 found = runs.setdefault(folder, {}).setdefault(int(row["epoch"]), {})
                 if "fid" in row:
@@ -634,7 +660,7 @@ def parse_args(argv=None):
     add("--dataset", help="(default: the training run's)")
     add("--data", help="data root, or folder of latents (default: the training run's)")
     add("--json", type=Path, metavar="FILE",
-        help="results (default: probe.json or so beside the first RUN, but not of a single number)")
+        help="results (default: beside the first RUN; none for one RUN without --grid, --loss or several --pool)")
     add("--plot", type=Path, metavar="FILE.png", help="the picture (default: beside --json)")
     add("--seed", type=int, default=0, help="of order, flips and noise (default: 0)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
@@ -655,22 +681,27 @@ def parse_args(argv=None):
     if args.loss and (len(args.pool) > 1 or args.features or args.pixels):
         parser.error("several --pool, --features and --pixels do not go with --loss")
     args.paths_are_json = args.paths[0].endswith(".json")
+    args.is_drawing = args.curves or args.paths_are_json
+    if args.is_drawing and args.json:
+        parser.error("--json goes with what is measured, not with what is drawn of files")
     name_outputs(args)
     return args
 
 def name_outputs(args):
-    """Fill in args.json and args.plot. One run's numbers have neither, unless a figure belongs to them."""
+    """Fill in args.json and args.plot. One run's accuracies of given layers have neither."""
     kind, several = kind_of_results(args), len(args.paths) > 1
-    name = kind
+    path, name = Path(args.paths[0]), kind
     if several and not args.paths_are_json:
         name = f"{kind}_{comparison_name(args.paths)}"
-    folder = Path(args.paths[0])
+    elif path.suffix == ".pt" and path.stem != "last":  # another checkpoint of a run has files of its own
+        name = f"{kind}_{path.stem}"
+    folder = path
     if not os.path.isdir(folder):
         folder = folder.parent
-    only_drawn = args.curves or args.paths_are_json
-    if args.plot is None and kind != "probe":
+    has_figure = kind != "probe"
+    if args.plot is None and has_figure:
         args.plot = args.json.with_suffix(".png") if args.json else folder / f"{name}.png"
-    if args.json is None and not only_drawn and (several or kind != "probe"):
+    if args.json is None and not args.is_drawing and (several or has_figure):
         args.json = folder / f"{name}.json"
 
 def kind_of_results(args):
@@ -685,11 +716,6 @@ def kind_of_results(args):
         return "probe_pools"
     return "probe_grid" if args.grid else "probe"
 
-def draw_probes(results):
-    """The figure that suits the results of probe."""
-    several = any(len(result["pools"]) > 1 for result in results)
-    return draw_poolings(results) if several else draw_layer_maps(results)
-
 def check_comparison(args):
     """Load every checkpoint once, so that mistakes show before the long part; --loss compares like with like."""
     kinds = set()
@@ -700,7 +726,7 @@ def check_comparison(args):
         raise UserError(f"{' and '.join(args.paths)} differ in formulation, data set or resolution")
 
 def summary(results):
-    """What is added to the results of probe: the best cell of all, its checkpoint, and how that is printed."""
+    """The best cell of all results, its checkpoint, and the line that is printed: added to the JSON file."""
     best = max(results, key=lambda result: best_cell(result["cells"])["linear"])
     cell = best_cell(best["cells"])
     text = describe_cell(cell, best)
@@ -713,7 +739,7 @@ def main(args):
     for path in (args.json, args.plot, args.features):
         if path:
             check_writable(path)
-    if args.curves or args.paths_are_json:  # needs no network
+    if args.is_drawing:  # needs no network
         draw = draw_training_loss if args.curves else draw_fid_against_accuracy
         draw(args.paths).savefig(args.plot, dpi=150)
         print(f"wrote {args.plot}")
@@ -728,7 +754,8 @@ def main(args):
     for path in args.paths:
         model = load_model(path, args, device)
         if args.loss:
-            results.append(heldout_loss(model, args, device, baseline=results[0] if results else None))
+            baseline = results[0] if results else None
+            results.append(heldout_loss(model, args, device, baseline))
             content = {}
         else:
             results.append(probe(model, args, device))
@@ -738,7 +765,11 @@ def main(args):
 
     # 2. The picture, the files, and last the number.
     if rank == 0 and args.plot:
-        draw = draw_heldout_loss if args.loss else draw_probes
+        draw = draw_layer_maps
+        if args.loss:
+            draw = draw_heldout_loss
+        elif any(len(result["pools"]) > 1 for result in results):
+            draw = draw_poolings
         draw(results).savefig(args.plot, dpi=150)
     for path in (args.json, args.plot, args.features):
         if path:

@@ -263,17 +263,17 @@ probe's layer | args.layer or [<<model.args.layer => list(feats)[-1]>>]
 probe stops at the layer named last | <<max(self.widths, key=self.model.net.layers.index) => [*self.widths][-1]>>
 subset with labels of others | images[chosen], labels[<<chosen => : len(chosen)>>]
 probe tests on the training split | "train", device), load_split(model, args, "<<test => train>>", device)
-probe flips the test images | stored_features(encode, test, TEST_NOISE, args.seed<< => , flip=True>>)
-probe ignores --no-flip | < <<(0.5 if args.flip else 0) => 0.5>>
+probe flips the test images | compute_features(encode, test, TEST_NOISE, args.seed<< => , flip=True>>)
+probe ignores --no-flip | flip_probability = <<0.5 if args.flip else 0.0 => 0.5>>
 probe's lr stays | args.lr<< * (1 + math.cos(math.pi * progress)) / 2 => >>
-probe's cache without flips | torch.where(flip[index, None], stored[<<1 => 0>>][index]
+probe's cache without flips | torch.where(flip[index, None], <<mirrored => plain>>[index]
 probe's cache: mirror images not mirrored | MIRRORED_NOISE, args.seed<<, flip=True => >>)
 probe's cache: one noise for all blocks | stream_generator(device, seed, stream, <<block => 0>>)
-noise streams: test images have the training images' | stored_features(encode, test, <<TEST => TRAIN>>_NOISE
-noise streams: mirror images have the images' | stored_features(encode, train, <<MIRRORED => TRAIN>>_NOISE
+noise streams: test images have the training images' | compute_features(encode, test, <<TEST => TRAIN>>_NOISE
+noise streams: mirror images have the images' | compute_features(encode, train, <<MIRRORED => TRAIN>>_NOISE
 shares: every rank takes the first | batch.tensor_split(world)[<<rank => 0>>]
 shares: noise of the first rank | noise.tensor_split(world)[<<rank => 0>>]
-shares: each rank's own mean | reduction="sum") / len(<<batch => index>>)
+shares: each rank's own mean | loss = losses / len(<<batch => index>>)
 gradients of one rank | <<all_reduce(parameter.grad) => pass>>
 probe standardises by the test split | mean, std = <<bank.mean(0), (bank => test_feat.mean(0), (test_feat>>.var(
 probe drops the last batch | order<< => [: max(args.batch, n - n % args.batch)]>>.split(args.batch)
@@ -284,18 +284,20 @@ held-out loss with EDM's learned weight | <<_, unweighted, _ => unweighted, _, _
 held-out loss: one noise for all images | round(1e6 * level), <<index => 0>>)
 held-out loss: spread for standard error | ddof=1)<< / len(blocks) ** 0.5 => >>)
 held-out loss of two formulations paired | kinds.add((<<type(model.diffusion).__name__ => model.args.model>>,
-baseline: difference to the last | baseline=results[<<0 => -1>>]
+baseline: difference to the last | baseline = results[<<0 => -1>>]
 baseline: differences not paired | np.array(baseline["blocks"])<< => .mean(1, keepdims=True)>>
 map: axis of the first | first = <<group[0] => results[0]>>\n        ticks
 map: columns in the order of layers | <<values, (-1, len(first["layers"]))).T => values, (len(first["layers"]), -1))>>
 FID figure: epochs in the order of files | in <<sorted(epochs.items()) => epochs.items()>>:
+curves: one batch for the whole log | images_seen += (row["step"] - step) * <<flags["batch"] => 8>>
 curves: weighted loss | float(row["loss<<_unweighted => >>"])
 curves: each run a window of its own | round(<<window * len(images) / images[-1] => len(images) / 20>>))
 curves: nothing is left of a short run | start = <<min(2 * n, len(images) - n) => 2 * n>>
 names: --json does not name the picture | <<args.json.with_suffix(".png") if args.json else folder => folder>>
-names: several checkpoints leave no numbers | and (<<several or kind => kind>> != "probe")
+names: several checkpoints leave no numbers | and (<<several or has_figure => has_figure>>)
 names: comparisons overwrite each other | if <<several and not args.paths_are_json => False>>:
-names: in the folder of the first argument | folder = folder<<.parent => >>\n    only
+names: checkpoints of a run overwrite each other | elif <<path.suffix == ".pt" and path.stem != "last" => False>>:
+names: in the folder of the first argument | folder = folder<<.parent => >>\n    has
 """,
     "fid.py": r"""
 FID against the test split | script.load_data(flags, "<<train => test>>")
@@ -310,7 +312,7 @@ Inception: average in the last block | partial(F.<<max => avg>>_pool2d, kernel
 weights: hash not checked | WEIGHTS_URL, path<<, hash_prefix=WEIGHTS_SHA => >>)
 weights: downloaded by every rank | if <<rank == 0 and not path => not path>>.is_file():
 IS: images in their order | np.<<random.RandomState(2020).permutation => arange>>(n)
-IS: every block in the first splits | split[<<indices.start : indices.stop => : len(indices)>>]
+IS: every block in the first splits | split_of_image[<<indices.start : indices.stop => : len(indices)>>]
 IS: splits are strided | split[order[<<s * n // splits : (s + 1) * n // splits => s::splits>>]]
 IS: std over n - 1 | scores.std(<<correction=0 => >>)
 FID: ranks not summed | <<dist.all_reduce(value) => pass>>
@@ -323,9 +325,9 @@ FID: --n ignored for npz | torch.from_numpy(array<<[:n] => >>)
 folders: images in the order of the disk | files = <<sorted(files) => files>>[:n]
 PNG: transparent ones are taken | not in ("RGB", "L", "P")<< or image.has_transparency_data => >>:
 PNG: 16 bits are taken | if image.mode not in ("RGB", "L", "P"<< => , "I;16">>)
---ref: a data set is taken for images | return <<not (path / "train").is_dir() and ("/" => ("/">> in name
---ref: an npz in this folder is a data set | if <<path.suffix.lower() == ".npz" => False>>:
---ref: a folder in this folder is a data set | ("/" in name<< or path.is_dir() => >>)
+--ref: a data set is taken for images | return path.is_dir()<< and not (path / "train").is_dir() => >>\n
+--ref: an npz in this folder is a data set | if <<path.suffix.lower() == ".npz" or "/" => "/">> in name:
+--ref: a folder in this folder is a data set | return <<path.is_dir() and => False and>> not (path / "train")
 """,
 }
 

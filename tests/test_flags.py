@@ -120,8 +120,8 @@ CASES["probe"] = {
     "--epochs 3": {"updates": 3}, "--lr 0.5": {"lr": 0.5}, "--batch 4": {"updates": 4}, "--flip": {"flips": True},
     "--no-flip": {"flips": False}, "--cache": {"stored": True}, "--batchnorm": {"standardised": True},
     "--subset 8": {"images": 8}, "--dataset mine": {"classes": 2}, "--data other | --dataset mine": {"classes": 3},
-    "--json NEW.json": {"wrote": ["NEW.json"]}, "--plot NEW.png | --grid": {"wrote": ["NEW.png", "probe_grid.json"]},
-    "--seed 5": {"noise": OTHER},
+    "--json NEW.json": {"wrote": ["NEW.json"]}, "--seed 5": {"noise": OTHER},
+    "--plot NEW.png | --grid": {"wrote": ["NEW.png", "probe_grid_unet.json"]},
 }  # fmt: skip
 BASE = {"sample": "--n 4 --steps 2 dit.pt", "fid": "--n 4 --steps 2 dit.pt",
         "probe": "--epochs 1 --subset 16 unet.pt"}

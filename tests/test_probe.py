@@ -70,6 +70,10 @@ def test_the_protocol_is_that_of_tab_11(trained, diffusion, want):
     assert len(defaults("--loss").t) >= 10
     assert defaults("--dataset", "cifar10").epochs == 15 and defaults("--dataset", "stl10").epochs == 30
 
+def test_a_formulation_of_ones_own_needs_its_levels(folder, capsys, monkeypatch):
+    monkeypatch.delitem(probe.LEVELS, "EDM")
+    assert "edm.pt: add the noise levels of EDM to LEVELS" in refused(capsys, call, folder / "edm.pt", "--t", 1)
+
 def test_amp_auto_is_that_of_training(folder, monkeypatch):
     """bf16 where the processor has it; test_flags.py has one without."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
@@ -141,7 +145,8 @@ def test_features_of_both_splits(folder, tmp_path, name, pool, layer):
     ("A/epoch_1.pt --layer out_99", "no layer out_99: choose --layer from out_1 out_2"),
     ("A/epoch_1.pt {}/edm.pt --t 500", "edm.pt, --t: noise level 500: EDM takes"),
     ("A/epoch_1.pt --t 11 1001", "--t: noise level 1001: DDPM takes"),
-    ("A/epoch_1.pt --pool cls", "epoch_1.pt has no --pool cls"),
+    ("A/epoch_1.pt --grid --pool cls --pixels", "epoch_1.pt has no --pool cls"),
+    ("A --curves --json a.json", "goes with what is measured"),
     ("A/epoch_1.pt --data {}/nowhere", "nowhere"),
     ("A/epoch_1.pt --dataset flat", "flat has no classes"),
     ("A/epoch_1.pt --json {}", "cannot write"),
@@ -291,6 +296,7 @@ def test_fid_against_accuracy(tmp_path, figures, capsys):
     a = [probed("a", 400, 62.0), probed("a", 200, 60.0), probed("b", 200, 50.0)]
     (tmp_path / "p.json").write_text(json.dumps({"top1": 62, "checkpoints": a}))
     results = [scored("b", 200, 9.0), scored("a", 200, 7.5), scored("a", 400, 6.5), scored("a", 600, 6.0)]
+    results.append({"fid": 3.0, "samples": "a folder of images"})
     (tmp_path / "f.json").write_text(json.dumps({"results": results}))
     argv = tmp_path / "p.json", tmp_path / "f.json", "--plot", tmp_path / "fid.png"
     call(*argv)
@@ -334,6 +340,12 @@ def test_training_losses_are_smoothed_alike(tmp_path, figures, capsys):
     assert widths[0] == pytest.approx(800, abs=160) and widths[1] <= 800
     assert figures[1].get_suptitle() == "mini and other" and "mean over 800 images" in two.get_ylabel()
     assert "differ in formulation" in refused(capsys, call, tmp_path / "short", tmp_path / "rf", "--curves")
+
+def test_images_seen_are_counted_with_the_batch_of_each_resume(tmp_path):
+    rows = [{"step": 0, "args": {"batch": 8}}, {"step": 10, "loss_unweighted": 1}, {"step": 13, "args": {"batch": 2}},
+            {"step": 20, "loss_unweighted": 0.5}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert probe.read_log(tmp_path)[1].tolist() == [80, 104 + 14]
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
 def probe_as_rank(rank, world, port, out, argv):

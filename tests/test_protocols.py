@@ -318,6 +318,8 @@ def test_cached_probe_and_pixels(world, watch, capsys, tmp_path):
     seen = [tuple(map(int, row)) for read in watch.reads for row in zip(*who(read.x0), strict=True)]
     want = [(i, 1, 0) for i in range(3 * TEST)] + [(i, 0, flip) for i in range(3 * TRAIN) for flip in (0, 1)]
     assert sorted(seen) == sorted(want)
+    noise = torch.cat([read.noise for read in watch.reads]).flatten(1)
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.25  # mirror images have their own
     watch.steps.clear()
     for layer, cell in zip(layers, cells, strict=True):
         bank, queries = (still_features(watch, layer, split) for split in (False, True))
