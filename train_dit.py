@@ -77,6 +77,7 @@ SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # so
 # feature's), feat_dim, emb_dim (widths of feat and e_t), and forward, encode, features as below, with feat in float32.
 # Each parameter takes part in each pass (DDP), and training changes no buffers (the EMA skips them). Then change build,
 # the table of sizes, the defaults of parse_args, and NEW_WEIGHTS.
+
 def attention(q, k, v, mask=None):
     """Scaled dot-product attention of q, k, v (B, heads, N, D / heads)."""
     if q.is_cuda:
@@ -325,7 +326,7 @@ class LatentRF(nn.Module):
         return self.add_noise(x0, level, noise), 1 - per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Return the squared error of v plus 1 - cos(v_hat, v) [LDiT] twice, as train_unet.py does, and (feat, e_t)."""
+        """Return the loss, the unweighted loss (the same), and (feat, e_t). Error of v + 1 - cos(v_hat, v). [LDiT]"""
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()
@@ -365,7 +366,7 @@ class LatentRF(nn.Module):
         return net.features(x, t, y, pool, last)
 
 # ---- 5. Data, augmentation: pixels or latents ----
-# Corners; radius of every second corner, relative to the others
+# Name: (corners, radius of every second corner relative to the others)
 POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{fill} {name}" for fill in ("solid", "hollow") for name in POLYGONS]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -791,7 +792,7 @@ def draw_numbers(n, shape, diffusion, generator):
     return {
         "flip": uniform[:, 0] < 0.5,
         "drop_label": uniform[:, 1] < 0.1,
-        "aug_uniform": uniform[:, 2:],  # (n, 10), of gate_augment, not in DiT
+        "aug_uniform": uniform[:, 2:],  # (n, 10), for gate_augment, which DiT has not
         "aug_normal": torch.randn(n, 4, **kw),
         "level": diffusion.draw_level(n, generator),
         "noise": torch.randn(n, *shape, **kw),
@@ -866,7 +867,7 @@ class HeadMLP(nn.Module):
         return self.norm[last](self.linear[last](x))
 
 class MoCoHead(nn.Module):
-    """A projector, whose EMA makes the teacher's keys, and a predictor, which only the student has. [MoCo] Sec. 3"""
+    """A projector, whose EMA makes the teacher's keys, and a predictor, which only the student uses. [MoCo] Sec. 3"""
     def __init__(self, feat_dim, emb_dim, time_dependent, hidden):
         super().__init__()
         self.projector = HeadMLP([feat_dim, hidden, hidden, 256], emb_dim if time_dependent else 0)
@@ -988,7 +989,7 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from official weights, or from one of our checkpoints. What [P] adds may be missing in them."""
     state, entry = read_checkpoint(path), f"{path}"
-    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # into each that is there, EMA first
+    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # open each that exists, EMA first
         if isinstance(state.get(key), dict):
             state, entry = state[key], f"{entry}, {key}"
     for prefix in ("ema_model.", "module.", "net."):  # what ema_pytorch, DDP, and [DDAE] put before names
@@ -1006,9 +1007,8 @@ def load_weights(net, path):
 
 def save_run(args, parts, epoch, step, keep):
     """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
-    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args)}
-    state.update(epoch=epoch, step=step)
-    state["ema"] = parts["average"].net.state_dict()
+    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args), "epoch": epoch,
+             "step": step, "ema": parts["average"].net.state_dict()}
     if keep:
         save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", state)
     for name, part in parts.items():
@@ -1025,12 +1025,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt is of another network, or no last.pt ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
+        for name in ("exp_avg", "exp_avg_sq"):  # laid out as the parameter: channels last only on GPUs
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl and bar. A later job in the same folder takes it over; the earlier exits."""
+    """Rank 0's args.json, metrics.jsonl and bar. The newest job owns the folder; older ones exit at their next line."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -1071,7 +1071,6 @@ def save_grid(args, net, diffusion, device, name):
     if args.cache_latents and not os.path.isfile(args.vae or ""):
         return  # nothing decodes them
     side = 8 if device.type == "cuda" else 4
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C need not wait
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(side**2, *net.shape, generator=generator).to(device)
     y = torch.arange(side**2, device=device) % net.classes if net.classes else None
@@ -1079,11 +1078,10 @@ def save_grid(args, net, diffusion, device, name):
     scale = math.ceil(64 / images.shape[2])  # tiles of 64 pixels or more
     images = F.interpolate(images / 255, scale_factor=scale, mode="nearest")
     save_image(images, f"{args.out}/samples_{name}.png", nrow=side, padding=2, pad_value=1)
-    signal.signal(signal.SIGINT, handler)
 
 # ---- 8. Flags ----------------------------------
 # Flags that make the default name of a run
-NAMED = ("size", "patch", "self_cond", "layer", "cond", "qk_norm", "cl", "cl_t", "ema", "seed")
+NAME_FLAGS = ("size", "patch", "self_cond", "layer", "cond", "qk_norm", "cl", "cl_t", "ema", "seed")
 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
@@ -1169,10 +1167,10 @@ def build(args):
 
 def read_flags(parser, argv):
     """Parse the flags; with --resume once more, now with the run's own as the defaults of those that are not given."""
-    parser.set_defaults(classes=[], train_images=0)  # no flags: of the data
+    parser.set_defaults(classes=[], train_images=0)  # no flags: main sets them
     args = parser.parse_args(argv)
     name = f"{args.dataset}-{Path(__file__).stem.removeprefix('train_')}"
-    for flag in NAMED:
+    for flag in NAME_FLAGS:
         if getattr(args, flag) != parser.get_default(flag):
             name += f"-{flag}-{getattr(args, flag)}"
     out = args.out or f"runs/{name.replace('_', '-').replace('-True', '')}"
@@ -1180,7 +1178,7 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py, not by this script")
-        parser.set_defaults(**{**state["args"], "max_steps": None})  # a limit of that call only
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # which is not carried over
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
@@ -1222,7 +1220,8 @@ class Objective(nn.Module):
     """Everything that is trained, and its loss, in one module: DDP synchronises gradients of a forward call only."""
     def __init__(self, net, diffusion, args):
         super().__init__()
-        self.net, self.diffusion, self.head, self.gamma = net, diffusion, None, args.cl
+        self.net, self.diffusion, self.gamma = net, diffusion, args.cl
+        self.head = None
         if args.cl > 0:
             self.head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden)
 
@@ -1238,7 +1237,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def teacher_key(average, view, level):
-    """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
+    """Key (B, 256) of the EMA network, run up to --layer on a second view noised to the fixed `level`. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
     feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class, eval mode
     return average.head.projector(feat, e_t)
@@ -1259,6 +1258,14 @@ def build_training(args, device):
     average = copy.deepcopy(objective).eval().requires_grad_(False)
     return objective, average, make_optimizer(objective, args)
 
+def compile_networks(net, teacher):
+    """Compile the network's forward and the teacher's encode, in place."""
+    if not (shutil.which("gcc") or shutil.which("clang")):
+        fail("torch.compile needs a compiler, and there is no gcc: give --no-compile, or install one")
+    torch._dynamo.config.optimize_ddp = False  # it would cut the network into seven graphs
+    net.compile()
+    teacher.encode = torch.compile(teacher.encode)
+
 def check_data(args, images, classes):
     """Exit if the training data do not fit the flags or, on --resume, are not those of the run."""
     if args.resume and (len(images), classes) != (args.train_images, args.classes):
@@ -1274,7 +1281,7 @@ def main(args):
     rank, world, device = setup_distributed(args.device)
     if args.batch % (world * args.accum) != 0:
         fail(f"--batch {args.batch} is not divisible by {world} ranks x --accum {args.accum}")
-    local = args.batch // (world * args.accum)  # images of one rank in one pass
+    pass_size = args.batch // (world * args.accum)  # images of one rank in one pass
     # Data, on the GPU if they take less than a third of it.
     images, labels, classes = load_data(args, "train")
     check_data(args, images, classes)
@@ -1286,7 +1293,8 @@ def main(args):
     end = total if args.max_steps is None else min(total, args.max_steps)
     # What is trained.
     objective, average, optimizer = build_training(args, device)
-    net, diffusion, contrastive = objective.net, objective.diffusion, args.cl > 0
+    net, diffusion = objective.net, objective.diffusion
+    contrastive = args.cl > 0
     precision = choose_precision(args.amp, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=precision != "off")
@@ -1296,50 +1304,49 @@ def main(args):
     if step > end:
         fail(f"{args.out} is at step {step}, past the end {end}: give more --epochs or --max-steps")
     if args.compile or (args.compile is None and device.type == "cuda"):
-        if not (shutil.which("gcc") or shutil.which("clang")):
-            fail("torch.compile needs a compiler, and there is no gcc: give --no-compile, or install one")
-        torch._dynamo.config.optimize_ddp = False  # it would cut the network into seven graphs
-        net.compile()  # a module compiles its forward in place
-        average.net.encode = torch.compile(average.net.encode)
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+        compile_networks(net, average.net)
+    trained = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
-        log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
-              f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
+              f"batch {args.batch} = {world} ranks x {args.accum} passes x {pass_size} images, feature {args.layer}")
         if args.resume:
             lr_now = learning_rate(args, step, per_epoch, total)
             lr_end = learning_rate(args, max(step, end - 1), per_epoch, total)
             print(f"going on from step {step} to {end}, learning rate {lr_now:.2g} now, {lr_end:.2g} at the end")
+        log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
     next_save = time.time() + 60  # the first after a minute
-    generator, signals, stop = torch.Generator(device), catch_stop_signals(rank), False
+    generator = torch.Generator(device)
+    signals = catch_stop_signals(rank)
+    stop = False
     while step < end and not stop:
         # 1. Random numbers. They follow from (seed, step), so a resumed run repeats them. Each rank draws them for the
         #    whole batch and uses its own rows, so that they do not depend on the number of ranks.
         epoch, position = divmod(step, per_epoch)
         order = epoch_order(args.seed, epoch, len(images), images.device)
-        order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
+        batch = order[position * args.batch : (position + 1) * args.batch]  # indices of images
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # which UNets have
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # for dropout, in UNets
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
         # 2. Both losses: the teacher's key of the second view, and one pass of the network on the first.
         logged = {}
         for micro in range(args.accum):
-            first = (micro * world + rank) * local  # 2 ranks, --accum 2: rank 0 has quarters 0 and 2
-            rows = slice(first, first + local)
-            x, y = images[order[rows]], labels[order[rows]]
-            if images.device.type != device.type:  # pinned, so that the copy does not wait
-                x, y = x.pin_memory().to(device, non_blocking=True), y.to(device)
+            first = (micro * world + rank) * pass_size  # 2 ranks, --accum 2: rank 0 has quarters 0 and 2
+            rows = slice(first, first + pass_size)
+            x, y = images[batch[rows]], labels[batch[rows]]
+            if images.device.type != device.type:  # pinned, so that the copies do not wait
+                x = x.pin_memory().to(device, non_blocking=True)
+                y = y.pin_memory().to(device, non_blocking=True)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
             # Ranks exchange gradients in the last pass only, by the attribute that DDP's no_sync sets.
-            ddp.require_backward_grad_sync = micro == args.accum - 1
+            trained.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
                 key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
-                loss, losses = ddp(**view1, key=key)
+                loss, losses = trained(**view1, key=key)
             scaler.scale(loss / args.accum).backward()
             for name, value in losses.items():
                 logged[name] = logged.get(name, 0) + value.detach() / args.accum
@@ -1347,7 +1354,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # there infinity is no divergence
+        if precision != "fp16":  # where it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1359,30 +1366,33 @@ def main(args):
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
         update_average(list(average.parameters()), list(objective.parameters()), None)  # None: unused
 
-        # 4. Log and save. Ranks agree on a stop and wait for the GPU: every tenth step. A single process stops at once.
-        epoch = step // per_epoch
-        keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
-        if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):
+        # 4. Log and save. At every tenth step ranks agree on a stop, and losses are read from the GPU. A single process
+        #    stops after its step.
+        epochs_done = step // per_epoch
+        is_last = step == end
+        keep = step == total or (step % per_epoch == 0 and epochs_done % args.save_every == 0)
+        if step % LOG_EVERY == 0 or keep or is_last or (world == 1 and signals):
             stop = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
             logged = {name: mean_over_ranks(value).item() for name, value in logged.items()}
             if not all(math.isfinite(value) for value in logged.values()):
                 fail(f"training diverged at step {step}: lower --lr; last.pt, if any, is from before", status=1)
             if rank == 0:
                 if step % LOG_EVERY == 0:
-                    log.write(step, {"epoch": epoch, "lr": lr, **logged})
-                if keep or stop or step == end or time.time() > next_save:
-                    save_run(args, parts, epoch, step, keep)
+                    log.write(step, {"epoch": epochs_done, "lr": lr, **logged})
+                if keep or stop or is_last or time.time() > next_save:
+                    save_run(args, parts, epochs_done, step, keep)
                     next_save = time.time() + 900
-                if keep or step == end:
-                    name = f"{epoch:04d}" if step % per_epoch == 0 else "last"
-                    save_grid(args, average.net, diffusion, device, name)
+                if keep or is_last:
+                    grid_name = f"{epochs_done:04d}" if step % per_epoch == 0 else "last"
+                    save_grid(args, average.net, diffusion, device, grid_name)
     if world > 1:
-        del ddp  # before its group, or it may hang: pytorch #56297
+        del trained  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
         log.bar.update(step - log.bar.n)
         log.bar.close()
-        print(f"{args.out}/last.pt, step {step}; next: " + ("add --resume" if stop else f"python probe.py {args.out}"))
+        hint = "add --resume" if stop else f"python probe.py {args.out}"
+        print(f"{args.out}/last.pt, step {step}; next: {hint}")
     if stop:
         raise SystemExit(128 + max(signals, default=signal.SIGTERM))  # as a shell reports it
 

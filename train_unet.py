@@ -1,6 +1,6 @@
 """Train a UNet that generates and represents: DDAE++ under DDPM, EDM or rectified flow, in one file.
 
-    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond    # a CPU core, seven minutes
+    python train_unet.py --dataset shapes --backbone tiny --model edm --self-cond    # a CPU core, five minutes
     torchrun --nproc_per_node=4 train_unet.py --dataset cifar100 --model edm --self-cond --cl 0.01
 
 Begin with SelfConditioning, UNet.run (where it acts), DDPM, EDM or RF, Objective and teacher_key (the losses), main.
@@ -61,7 +61,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are
 BACKBONES = {"ddpm": {"width": 128, "mult": (1, 2, 2, 2), "blocks": 2, "biggan": False},
              "ddpmpp": {"width": 128, "mult": (2, 2, 2), "blocks": 4, "biggan": True},
              "tiny": {"width": 32, "mult": (1, 2, 3), "blocks": 1, "biggan": False}}
-# (formulation, backbone): (layer of the feature on CIFAR-10, on CIFAR-100 and, UNSPECIFIED, on others). [P] Tab. 10
+# (formulation, backbone): feature layer on (CIFAR-10, others). [P] Tab. 10; UNSPECIFIED beyond CIFAR
 LAYERS = {("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "out_8"),
           ("edm", "ddpm"): ("out_7", "out_6"), ("edm", "ddpmpp"): ("out_9", "out_8"),
           ("rf", "ddpm"): ("out_7", "out_7"), ("rf", "ddpmpp"): ("out_8", "out_8")}
@@ -69,8 +69,9 @@ LAYERS = {("ddpm", "ddpm"): ("out_6", "out_6"), ("ddpm", "ddpmpp"): ("out_7", "o
 FORMULATIONS = {"ddpm": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 11},
                 "edm": {"dropout": 0.13, "ema": 0.9993, "warmup": 200, "cl_t": 0.06},
                 "rf": {"dropout": 0.1, "ema": 0.9999, "warmup": 13, "cl_t": 0.06}}
-PAPER = {"epochs": 2000, "lr": 4e-4, "cooldown": 0.0, "cl_hidden": 4096}  # [P] Tab. 11
-BATCH = {"ddpm": 512, "ddpmpp": 256}
+PAPER = {"epochs": 2000, "lr": 4e-4, "cooldown": 0.0, "cl_hidden": 4096}  # [P] Tab. 11; width of the head: [MoCo]
+BATCH = {"ddpm": 512, "ddpmpp": 256}  # [P] Tab. 11
+# Ours. cooldown: the share of all steps in which lr falls.
 TINY = {"epochs": 5, "batch": 32, "lr": 2e-3, "ema": 0.999, "cooldown": 0.3, "cl_hidden": 512, "dropout": 0.0}
 NEW_WEIGHTS = ("self_cond.", "time_emb.aug_emb.")  # what [P] adds to the official networks
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64
@@ -82,6 +83,7 @@ SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # so
 # feature's), feat_dim, emb_dim (widths of feat and e_t), and forward, encode, features as below, with feat in float32.
 # Each parameter takes part in each pass (DDP), and training changes no buffers (the EMA skips them). Then change build,
 # the table of sizes, the defaults of parse_args, and NEW_WEIGHTS.
+
 def attention(q, k, v, mask=None):
     """Scaled dot-product attention of q, k, v (B, heads, N, D / heads)."""
     if q.is_cuda:
@@ -114,7 +116,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(32, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))  # of e; the name is [DDAE]'s
         self.norm2 = nn.GroupNorm(32, c_out)
         self.conv2 = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -180,7 +182,7 @@ class UNet(nn.Module):
         self.emb_dim = emb_dim = 4 * width
         self.time_emb = TimeEmbedding(width, aug_dim)
         self.image_proj = nn.Conv2d(3, width, 3, padding=1)
-        # Encoder. Each output is kept for the decoder, beginning with the first convolution's.
+        # Down path. Each output is kept for the up path, beginning with the first convolution's.
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c, skip_widths = width, [width]  # c: channels so far
         for i, multiple in enumerate(mult):
@@ -194,8 +196,8 @@ class UNet(nn.Module):
                 skip_widths.append(c)
         res1, res2 = ResBlock(c, c, emb_dim, dropout), ResBlock(c, c, emb_dim, dropout)
         self.middle = nn.ModuleDict({"res1": res1, "attn": Attention(c), "res2": res2})
-        # Decoder, back from the lowest resolution.
-        self.up_names, widths = [], {}  # names in self.up, None: upsampling; channels
+        # Up path, from the lowest resolution. Its blocks out_1, out_2, .. are [P]'s decoder blocks.
+        self.up_names, widths = [], {}  # names (None: doubles the resolution), and channels by name
         for i in reversed(range(len(mult))):
             side, c_out = resolution // 2**i, mult[i] * width
             for _ in range(blocks + 1):
@@ -206,7 +208,7 @@ class UNet(nn.Module):
             if i > 0:
                 self.up.append(Resample(c, emb_dim, dropout, "up", biggan))
                 self.up_names.append(None)
-        self.norm = nn.GroupNorm(8, c)  # 8, not 32, as [DDAE] has it
+        self.norm = nn.GroupNorm(8, c)  # as in [DDAE]; all others have 32 groups
         self.final = nn.Conv2d(c, 3, 3, padding=1)
         self.layers = list(widths)
         self.layer = layer or self.layers[-1]
@@ -215,7 +217,7 @@ class UNet(nn.Module):
         if self_cond and self.layer == self.layers[-1]:
             raise ValueError(f"self-conditioning after {self.layer} leaves no decoder: take an earlier layer")
         self.feat_dim = widths[self.layer]
-        self.init_weights()  # not of what follows, which starts in its own way
+        self.init_weights()  # before SelfConditioning, which has a start of its own
         self.self_cond = SelfConditioning(self.feat_dim, self.feat_dim, emb_dim, self_cond) if self_cond else None
 
     def init_weights(self):
@@ -264,14 +266,14 @@ class UNet(nn.Module):
         return self.final(F.silu(self.norm(h))), feat, e_t
 
     def forward(self, x, t, y=None, aug=None, with_feat=False):
-        """Prediction (B, 3, H, W) from x (B, 3, H, W) and t (B,), the formulation's inputs; with_feat (it, feat, e_t).
+        """Prediction (B, 3, H, W) from x (B, 3, H, W) and t (B,), the formulation's inputs; with_feat adds feat, e_t.
         y: None, these UNets are unconditional. aug: augmentation label (B, 9), None is zeros.
         """
         prediction, feat, e_t = self.run(x, t, y, aug)
         return (prediction, feat, e_t) if with_feat else prediction
 
     def encode(self, x, t, y=None, aug=None):
-        """The encoder alone, up to --layer: feat (B, D) float32 and e_t (B, E)."""
+        """The pass up to --layer only: feat (B, D) float32 and e_t (B, E)."""
         _, feat, e_t = self.run(x, t, y, aug, stop=self.layer)
         return feat, e_t
 
@@ -315,7 +317,7 @@ def per_image(level, x):
     return level.view(-1, 1, 1, 1)
 
 class Formulation(nn.Module):
-    """A diffusion process (train_unet.py has three): check_level, draw_level, add_noise, inputs, loss and sample."""
+    """A diffusion process: check_level, draw_level, add_noise, inputs, loss, sample, and its LEVELS in probe.py."""
     def features(self, net, x0, level, noise, y=None, pool="gap", last=None):
         """net.features of x0 noised to `level`: what probe.py reads."""
         x, t = self.inputs(x0, level, noise)
@@ -352,7 +354,7 @@ class DDPM(Formulation):
         return self.add_noise(x0, level, noise), t
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Return the mean squared error of the noise twice, to train with and to compare runs by, and (feat, e_t)."""
+        """Return the loss, the unweighted loss (here the same), and (feat, e_t). Mean squared error of the noise."""
         x_t, t = self.inputs(x0, level, noise)
         eps_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         loss = F.mse_loss(eps_hat.float(), noise)
@@ -386,7 +388,7 @@ class Uncertainty(nn.Module):
         return self.linear(features)[:, 0]
 
 class EDM(Formulation):
-    """A level is a sigma, of noise; a denoiser D(x; sigma) around the network predicts x0. [EDM] Tab. 1, [P] Tab. 8"""
+    """A level is sigma, the noise's standard deviation; D(x; sigma) predicts x0. [EDM] Tab. 1, [P] Tab. 8"""
 
     sigma_min, sigma_max = 0.002, 80.0
     sigma_data = 0.5
@@ -421,11 +423,11 @@ class EDM(Formulation):
         return c_in * self.add_noise(x0, level, noise), c_noise.flatten()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Return the squared error of D by 1 / c_out^2, with learned weights and without (comparable), (feat, e_t)."""
-        c_skip, c_out, _, _ = self.scalings(per_image(level, x0))
-        x, t = self.inputs(x0, level, noise)
-        output, feat, e_t = net(x, t, y, aug, with_feat=True)
-        x0_hat = c_skip * self.add_noise(x0, level, noise) + c_out * output.float()
+        """Return the loss, the loss without learned weights, and (feat, e_t). Squared error of D, over c_out^2."""
+        c_skip, c_out, c_in, c_noise = self.scalings(per_image(level, x0))
+        x_t, t = self.add_noise(x0, level, noise), c_noise.flatten()
+        output, feat, e_t = net(c_in * x_t, t, y, aug, with_feat=True)
+        x0_hat = c_skip * x_t + c_out * output.float()
         loss = ((x0_hat - x0) ** 2 / c_out**2).mean(dim=(1, 2, 3))  # (B,)
         unweighted = loss.mean()
         if self.uncertainty is not None:  # [P] with augmentation
@@ -484,7 +486,7 @@ class RF(Formulation):
         return self.add_noise(x0, level, noise), per_image(level, x0).flatten().float()
 
     def loss(self, net, x0, level, noise, y=None, aug=None):
-        """Return the mean squared error of v twice, to train with and to compare runs by, and (feat, e_t)."""
+        """Return the loss, the unweighted loss (here the same), and (feat, e_t). Mean squared error of v."""
         x_t, t = self.inputs(x0, level, noise)
         v_hat, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         loss = F.mse_loss(v_hat.float(), noise - x0)
@@ -507,7 +509,7 @@ class RF(Formulation):
         return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
 
 # ---- 5. Data, augmentation ---------------------
-# Corners; radius of every second corner, relative to the others
+# Name: (corners, radius of every second corner relative to the others)
 POLYGONS = {"triangle": (3, 1.0), "square": (4, 1.0), "sparkle": (8, 0.35), "star": (10, 0.45), "disc": (24, 1.0)}
 SHAPES = [f"{fill} {name}" for fill in ("solid", "hollow") for name in POLYGONS]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -695,7 +697,7 @@ def draw_numbers(n, shape, diffusion, generator):
     return {
         "flip": uniform[:, 0] < 0.5,
         "drop_label": uniform[:, 1] < 0.1,
-        "aug_uniform": uniform[:, 2:],  # (n, 10), of gate_augment, not in DiT
+        "aug_uniform": uniform[:, 2:],  # (n, 10), for gate_augment, which DiT has not
         "aug_normal": torch.randn(n, 4, **kw),
         "level": diffusion.draw_level(n, generator),
         "noise": torch.randn(n, *shape, **kw),
@@ -703,14 +705,14 @@ def draw_numbers(n, shape, diffusion, generator):
 
 def make_view(images, labels, draws, rows, args):
     """One view of B images, by their rows of draw_numbers: the arguments x0, level, noise, y, aug of Objective.
-    Half of the images are mirrored, untold to the network; the augmentation has flips of its own, which it is told.
+    Half of the images are mirrored, and the network is not told. The augmentation's own flips are in its label.
     """
     draws = {name: values[rows] for name, values in draws.items()}
     x0, aug, y = to_x0(images, draws["flip"]), None, None
     if args.aug > 0:
         params, aug = gate_augment(draws["aug_uniform"], draws["aug_normal"], args.aug)
         x0 = augment(x0, params)
-    if args.cond:  # never with a UNet
+    if args.cond:  # U-ViT and DiT
         y = labels.masked_fill(draws["drop_label"], -1)  # the null class
     return {"x0": x0, "level": draws["level"], "noise": draws["noise"], "y": y, "aug": aug}
 
@@ -837,7 +839,7 @@ class HeadMLP(nn.Module):
         return self.norm[last](self.linear[last](x))
 
 class MoCoHead(nn.Module):
-    """A projector, whose EMA makes the teacher's keys, and a predictor, which only the student has. [MoCo] Sec. 3"""
+    """A projector, whose EMA makes the teacher's keys, and a predictor, which only the student uses. [MoCo] Sec. 3"""
     def __init__(self, feat_dim, emb_dim, time_dependent, hidden):
         super().__init__()
         self.projector = HeadMLP([feat_dim, hidden, hidden, 256], emb_dim if time_dependent else 0)
@@ -959,7 +961,7 @@ def read_checkpoint(path):
 def load_weights(net, path):
     """Start from official weights, or from one of our checkpoints. What [P] adds may be missing in them."""
     state, entry = read_checkpoint(path), f"{path}"
-    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # into each that is there, EMA first
+    for key in ("ema", "model_ema", "EMA", "model", "MODEL", "state_dict"):  # open each that exists, EMA first
         if isinstance(state.get(key), dict):
             state, entry = state[key], f"{entry}, {key}"
     for prefix in ("ema_model.", "module.", "net."):  # what ema_pytorch, DDP, and [DDAE] put before names
@@ -977,9 +979,8 @@ def load_weights(net, path):
 
 def save_run(args, parts, epoch, step, keep):
     """Write last.pt, to resume from, and if it is to be kept epoch_NNNN.pt, whose "ema" is all that the tools need."""
-    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args)}
-    state.update(epoch=epoch, step=step)
-    state["ema"] = parts["average"].net.state_dict()
+    state = {"script": Path(__file__).stem, "script_hash": SCRIPT_HASH, "args": vars(args), "epoch": epoch,
+             "step": step, "ema": parts["average"].net.state_dict()}
     if keep:
         save_checkpoint(f"{args.out}/epoch_{epoch:04d}.pt", state)
     for name, part in parts.items():
@@ -996,12 +997,12 @@ def load_run(out, parts):
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"--resume: {out}/last.pt is of another network, or no last.pt ({str(error).splitlines()[-1].strip()})")
     for parameter, moments in parts["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the parameter
+        for name in ("exp_avg", "exp_avg_sq"):  # laid out as the parameter: channels last only on GPUs
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     return state["step"]
 
 class Log:
-    """Rank 0's args.json, metrics.jsonl and bar. A later job in the same folder takes it over; the earlier exits."""
+    """Rank 0's args.json, metrics.jsonl and bar. The newest job owns the folder; older ones exit at their next line."""
     def __init__(self, args, step, end, facts):
         if Path(args.out, "last.pt").is_file() and not args.resume:
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
@@ -1040,7 +1041,6 @@ class Log:
 def save_grid(args, net, diffusion, device, name):
     """samples_NAME.png: 64 samples (16 on a CPU) of the EMA network, each time from the same noise."""
     side = 8 if device.type == "cuda" else 4
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C need not wait
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(side**2, *net.shape, generator=generator).to(device)
     y = torch.arange(side**2, device=device) % net.classes if net.classes else None
@@ -1048,11 +1048,10 @@ def save_grid(args, net, diffusion, device, name):
     scale = math.ceil(64 / images.shape[2])  # tiles of 64 pixels or more
     images = F.interpolate(images / 255, scale_factor=scale, mode="nearest")
     save_image(images, f"{args.out}/samples_{name}.png", nrow=side, padding=2, pad_value=1)
-    signal.signal(signal.SIGINT, handler)
 
 # ---- 8. Flags ----------------------------------
 # Flags that make the default name of a run
-NAMED = ("model", "backbone", "self_cond", "layer", "aug", "cl", "cl_head", "cl_t", "ema", "seed")
+NAME_FLAGS = ("model", "backbone", "self_cond", "layer", "aug", "cl", "cl_head", "cl_t", "ema", "seed")
 
 def parse_args(argv=None):
     """Read the flags; every default is resolved in what is returned."""
@@ -1077,7 +1076,7 @@ def parse_args(argv=None):
         "(default: time)")
     add("--cl-t", type=float, metavar="LEVEL",
         help="noise level of teacher and probe.py: --model ddpm a step 0 .. 1000, edm a sigma 0.002 .. 80, rf a time "
-        "0 .. 1 (default: 11, 0.06, 0.06; edm at 64 pixels 0.2964)")
+        "0 .. 1 (default: 11, 0.06, 0.06; edm with ddpm at 64 pixels 0.2964)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, cifar100, or a folder in --data (default: shapes)")
     add("--data", default="./data", metavar="ROOT",
@@ -1128,10 +1127,10 @@ def build(args):
 
 def read_flags(parser, argv):
     """Parse the flags; with --resume once more, now with the run's own as the defaults of those that are not given."""
-    parser.set_defaults(classes=[], train_images=0)  # no flags: of the data
+    parser.set_defaults(classes=[], train_images=0)  # no flags: main sets them
     args = parser.parse_args(argv)
     name = f"{args.dataset}-{Path(__file__).stem.removeprefix('train_')}"
-    for flag in NAMED:
+    for flag in NAME_FLAGS:
         if getattr(args, flag) != parser.get_default(flag):
             name += f"-{flag}-{getattr(args, flag)}"
     out = args.out or f"runs/{name.replace('_', '-').replace('-True', '')}"
@@ -1139,7 +1138,7 @@ def read_flags(parser, argv):
         state = read_checkpoint(out)
         if state.get("script") != Path(__file__).stem:
             fail(f"--resume: {out}/last.pt was written by {state.get('script')}.py, not by this script")
-        parser.set_defaults(**{**state["args"], "max_steps": None})  # a limit of that call only
+        parser.set_defaults(**{**state["args"], "max_steps": None})  # which is not carried over
     parser.set_defaults(out=out)
     return parser.parse_args(argv)
 
@@ -1173,14 +1172,15 @@ def learning_rate(args, step, per_epoch, total):
     return args.lr * min(1, rise, fall)
 
 def ema_decay(args, step):
-    """Decay of the average after step 1, 2, ..; the first update copies. UNSPECIFIED: as [DDAE], n = step - 1."""
+    """Decay of the average after step 1, 2, ..; the first update copies. UNSPECIFIED: [DDAE]'s, whose n is step - 1."""
     return min(args.ema, 1 - step ** (-2 / 3))
 
 class Objective(nn.Module):
     """Everything that is trained, and its loss, in one module: DDP synchronises gradients of a forward call only."""
     def __init__(self, net, diffusion, args):
         super().__init__()
-        self.net, self.diffusion, self.head, self.gamma = net, diffusion, None, args.cl
+        self.net, self.diffusion, self.gamma = net, diffusion, args.cl
+        self.head = None
         if args.cl > 0:
             self.head = MoCoHead(net.feat_dim, net.emb_dim, args.cl_head == "time", args.cl_hidden)
 
@@ -1196,7 +1196,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def teacher_key(average, view, level):
-    """Key (B, 256) of the EMA network for a second view, not at its own level but a fixed one; up to --layer. [P]"""
+    """Key (B, 256) of the EMA network, run up to --layer on a second view noised to the fixed `level`. [P]"""
     x_t, t = average.diffusion.inputs(view["x0"], level, view["noise"])
     feat, e_t = average.net.encode(x_t, t, aug=view["aug"])  # UNSPECIFIED: no class, eval mode
     return average.head.projector(feat, e_t)
@@ -1217,6 +1217,14 @@ def build_training(args, device):
     average = copy.deepcopy(objective).eval().requires_grad_(False)
     return objective, average, make_optimizer(objective, args)
 
+def compile_networks(net, teacher):
+    """Compile the network's forward and the teacher's encode, in place."""
+    if not (shutil.which("gcc") or shutil.which("clang")):
+        fail("torch.compile needs a compiler, and there is no gcc: give --no-compile, or install one")
+    torch._dynamo.config.optimize_ddp = False  # it would cut the network into seven graphs
+    net.compile()
+    teacher.encode = torch.compile(teacher.encode)
+
 def check_data(args, images, classes):
     """Exit if the training data do not fit the flags or, on --resume, are not those of the run."""
     if args.resume and (len(images), classes) != (args.train_images, args.classes):
@@ -1232,7 +1240,7 @@ def main(args):
     rank, world, device = setup_distributed(args.device)
     if args.batch % (world * args.accum) != 0:
         fail(f"--batch {args.batch} is not divisible by {world} ranks x --accum {args.accum}")
-    local = args.batch // (world * args.accum)  # images of one rank in one pass
+    pass_size = args.batch // (world * args.accum)  # images of one rank in one pass
     # Data, on the GPU if they take less than a third of it.
     images, labels, classes = load_data(args, "train")
     check_data(args, images, classes)
@@ -1244,7 +1252,8 @@ def main(args):
     end = total if args.max_steps is None else min(total, args.max_steps)
     # What is trained.
     objective, average, optimizer = build_training(args, device)
-    net, diffusion, contrastive = objective.net, objective.diffusion, args.cl > 0
+    net, diffusion = objective.net, objective.diffusion
+    contrastive = args.cl > 0
     precision = choose_precision(args.amp, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=precision != "off")
@@ -1254,50 +1263,49 @@ def main(args):
     if step > end:
         fail(f"{args.out} is at step {step}, past the end {end}: give more --epochs or --max-steps")
     if args.compile or (args.compile is None and device.type == "cuda"):
-        if not (shutil.which("gcc") or shutil.which("clang")):
-            fail("torch.compile needs a compiler, and there is no gcc: give --no-compile, or install one")
-        torch._dynamo.config.optimize_ddp = False  # it would cut the network into seven graphs
-        net.compile()  # a module compiles its forward in place
-        average.net.encode = torch.compile(average.net.encode)
-    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+        compile_networks(net, average.net)
+    trained = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if rank == 0:
-        log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         print(f"{type(net).__name__}, {sum(p.numel() for p in net.parameters()):,} parameters, {device}, {precision}, "
-              f"batch {args.batch} = {world} ranks x {args.accum} passes x {local} images, feature {args.layer}")
+              f"batch {args.batch} = {world} ranks x {args.accum} passes x {pass_size} images, feature {args.layer}")
         if args.resume:
             lr_now = learning_rate(args, step, per_epoch, total)
             lr_end = learning_rate(args, max(step, end - 1), per_epoch, total)
             print(f"going on from step {step} to {end}, learning rate {lr_now:.2g} now, {lr_end:.2g} at the end")
+        log = Log(args, step, end, {"ranks": world, "device": str(device), "precision": precision})
         if end == 0:  # --max-steps 0
             save_run(args, parts, epoch=0, step=0, keep=False)
     next_save = time.time() + 60  # the first after a minute
-    generator, signals, stop = torch.Generator(device), catch_stop_signals(rank), False
+    generator = torch.Generator(device)
+    signals = catch_stop_signals(rank)
+    stop = False
     while step < end and not stop:
         # 1. Random numbers. They follow from (seed, step), so a resumed run repeats them. Each rank draws them for the
         #    whole batch and uses its own rows, so that they do not depend on the number of ranks.
         epoch, position = divmod(step, per_epoch)
         order = epoch_order(args.seed, epoch, len(images), images.device)
-        order = order[position * args.batch : (position + 1) * args.batch]  # (batch,)
+        batch = order[position * args.batch : (position + 1) * args.batch]  # indices of images
         generator.manual_seed(stream_seed(args.seed, DRAWS, step))
-        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # which UNets have
+        torch.manual_seed(stream_seed(args.seed, DROPOUT, step, rank))  # for dropout, in UNets
         draws1 = draw_numbers(args.batch, net.shape, diffusion, generator)
         draws2 = draw_numbers(args.batch, net.shape, diffusion, generator) if contrastive else None
 
         # 2. Both losses: the teacher's key of the second view, and one pass of the network on the first.
         logged = {}
         for micro in range(args.accum):
-            first = (micro * world + rank) * local  # 2 ranks, --accum 2: rank 0 has quarters 0 and 2
-            rows = slice(first, first + local)
-            x, y = images[order[rows]], labels[order[rows]]
-            if images.device.type != device.type:  # pinned, so that the copy does not wait
-                x, y = x.pin_memory().to(device, non_blocking=True), y.to(device)
+            first = (micro * world + rank) * pass_size  # 2 ranks, --accum 2: rank 0 has quarters 0 and 2
+            rows = slice(first, first + pass_size)
+            x, y = images[batch[rows]], labels[batch[rows]]
+            if images.device.type != device.type:  # pinned, so that the copies do not wait
+                x = x.pin_memory().to(device, non_blocking=True)
+                y = y.pin_memory().to(device, non_blocking=True)
             view1 = make_view(x, y, draws1, rows, args)
             view2 = make_view(x, y, draws2, rows, args) if contrastive else None
             # Ranks exchange gradients in the last pass only, by the attribute that DDP's no_sync sets.
-            ddp.require_backward_grad_sync = micro == args.accum - 1
+            trained.require_backward_grad_sync = micro == args.accum - 1
             with autocast:
                 key = teacher_key(average, view2, level=args.cl_t) if contrastive else None
-                loss, losses = ddp(**view1, key=key)
+                loss, losses = trained(**view1, key=key)
             scaler.scale(loss / args.accum).backward()
             for name, value in losses.items():
                 logged[name] = logged.get(name, 0) + value.detach() / args.accum
@@ -1305,7 +1313,7 @@ def main(args):
         # 3. Update the weights, then their average. In fp16, a step whose gradients overflow is skipped.
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)  # [DDAE]
-        if precision != "fp16":  # there infinity is no divergence
+        if precision != "fp16":  # where it may be infinite
             logged["grad_norm"] = grad_norm
         lr = learning_rate(args, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -1317,30 +1325,33 @@ def main(args):
         update_average = get_ema_multi_avg_fn(ema_decay(args, step))
         update_average(list(average.parameters()), list(objective.parameters()), None)  # None: unused
 
-        # 4. Log and save. Ranks agree on a stop and wait for the GPU: every tenth step. A single process stops at once.
-        epoch = step // per_epoch
-        keep = step == total or (step % per_epoch == 0 and epoch % args.save_every == 0)
-        if step % LOG_EVERY == 0 or keep or step == end or (world == 1 and signals):
+        # 4. Log and save. At every tenth step ranks agree on a stop, and losses are read from the GPU. A single process
+        #    stops after its step.
+        epochs_done = step // per_epoch
+        is_last = step == end
+        keep = step == total or (step % per_epoch == 0 and epochs_done % args.save_every == 0)
+        if step % LOG_EVERY == 0 or keep or is_last or (world == 1 and signals):
             stop = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
             logged = {name: mean_over_ranks(value).item() for name, value in logged.items()}
             if not all(math.isfinite(value) for value in logged.values()):
                 fail(f"training diverged at step {step}: lower --lr; last.pt, if any, is from before", status=1)
             if rank == 0:
                 if step % LOG_EVERY == 0:
-                    log.write(step, {"epoch": epoch, "lr": lr, **logged})
-                if keep or stop or step == end or time.time() > next_save:
-                    save_run(args, parts, epoch, step, keep)
+                    log.write(step, {"epoch": epochs_done, "lr": lr, **logged})
+                if keep or stop or is_last or time.time() > next_save:
+                    save_run(args, parts, epochs_done, step, keep)
                     next_save = time.time() + 900
-                if keep or step == end:
-                    name = f"{epoch:04d}" if step % per_epoch == 0 else "last"
-                    save_grid(args, average.net, diffusion, device, name)
+                if keep or is_last:
+                    grid_name = f"{epochs_done:04d}" if step % per_epoch == 0 else "last"
+                    save_grid(args, average.net, diffusion, device, grid_name)
     if world > 1:
-        del ddp  # before its group, or it may hang: pytorch #56297
+        del trained  # before its group, or it may hang: pytorch #56297
         dist.destroy_process_group()
     if rank == 0:
         log.bar.update(step - log.bar.n)
         log.bar.close()
-        print(f"{args.out}/last.pt, step {step}; next: " + ("add --resume" if stop else f"python probe.py {args.out}"))
+        hint = "add --resume" if stop else f"python probe.py {args.out}"
+        print(f"{args.out}/last.pt, step {step}; next: {hint}")
     if stop:
         raise SystemExit(128 + max(signals, default=signal.SIGTERM))  # as a shell reports it
 

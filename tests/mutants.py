@@ -56,18 +56,18 @@ same order in every epoch | stream_seed(seed, ORDER, <<epoch => 0>>)
 same rows in every step | order[<<position * args.batch : (position + 1) * args.batch => : args.batch>>]
 same noise in every step | stream_seed(args.seed, DRAWS, <<step => 0>>)
 same dropout in every step | stream_seed(args.seed, DROPOUT, <<step => 0>>, rank)
-accumulation repeats its rows | first = (<<micro * world + rank => rank>>) * local
-all ranks take the same rows | first = (micro * world<< + rank => >>) * local
-labels of other images | labels[<<order[rows] => rows>>]
+accumulation repeats its rows | first = (<<micro * world + rank => rank>>) * pass_size
+all ranks take the same rows | first = (micro * world<< + rank => >>) * pass_size
+labels of other images | labels[<<batch[rows] => rows>>]
 views share their draws | draws2 = <<draw_numbers(args.batch, net.shape, diffusion, generator) => draws1>> if
 last.pt holds the trained weights as EMA | "average": <<average => objective>>,
 last.pt holds the EMA as trained weights | {"objective": <<objective => average>>,
-epoch file holds the trained weights | = parts["<<average => objective>>"].net
-epoch files at the wrong epochs | epoch % args.save_every == <<0 => 1>>)
+epoch file holds the trained weights | "ema": parts["<<average => objective>>"].net
+epoch files at the wrong epochs | epochs_done % args.save_every == <<0 => 1>>)
 no epoch file at the end | keep = <<step == total or (step => (step>>
-epoch counted one step late | epoch = <<step => (step - 1)>> // per_epoch\n
+epoch counted one step late | epochs_done = <<step => (step - 1)>> // per_epoch\n
 sample grid of the trained network | save_grid(args, <<average. => >>net,
-samples_last.png is called as an epoch's | name = f"{epoch:04d}"<< if step % per_epoch == 0 else "last" => >>
+samples_last.png is called as an epoch's | grid_name = f"{epochs_done:04d}"<< if step % per_epoch == 0 else "last" => >>
 loss_unweighted is the weighted one | "loss_unweighted": <<unweighted => loss>>
 MoCo scaled by T instead of 2 T | return <<2 * temperature => temperature>> * F.cross
 MoCo's positives of rank 0 on every rank | positive = <<rank * len(q) + torch => torch>>.arange(
@@ -113,7 +113,7 @@ DDIM: training's table | self.alphabar<<_ddim => >>[level], self.alphabar<<_ddim
 EDM: training noise too strong | device=generator.device) <<- => +>> 1.2).exp()
 EDM: c_noise not divided by 4 | sigma.log()<< / 4 => >>
 EDM: c_skip of another table | c_skip = self.<<sigma_data**2 => sigma_data>> / total
-EDM: label not given to the network | output, feat, e_t = net(x, t, y, <<aug => None>>, with_feat=True)
+EDM: label not given to the network | output, feat, e_t = net(c_in * x_t, t, y, <<aug => None>>, with_feat=True)
 EDM: uncertainty's second term left out | loss = loss / u.exp()<< + u => >>
 EDM: uncertainty of sigma instead of its logarithm | u = self.uncertainty(<<t => level>>)
 EDM: uncertainty starts at random | <<nn.init.zeros_(self.linear.weight) => pass>>  # UNSPECIFIED
@@ -150,7 +150,7 @@ log: no line for a resume | << => step > 0 or >>lines.append(json.dumps({"step":
 log: a resume's line says step 0 | json.dumps({"step": <<step => 0>>, "args": vars(args), "torch"
 NaN saved | if <<not all(math.isfinite(value) for value in logged.values()) => False>>:
 ranks do not agree on a stop | stop = <<mean_over_ranks(torch => (torch>>.tensor(float(len(signals))
-a single process stops at a tenth step | step == end<< or (world == 1 and signals) => >>:\n            stop
+a single process stops at a tenth step | is_last<< or (world == 1 and signals) => >>:\n            stop
 the second Ctrl-C is not heard | <<raise KeyboardInterrupt  # the => pass  # the>> second
 the second SIGTERM stops at once | if <<number == signal.SIGINT and number => number>> in received:
 every rank speaks of Ctrl-C | if number == signal.SIGINT<< and rank == 0 => >>:
