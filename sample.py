@@ -114,7 +114,10 @@ def comparison_name(paths):
     for path in map(Path, paths):
         path = path.absolute()
         names.append(path.name if os.path.isdir(path) else f"{path.parent.name}-{path.stem}")
-    return "-".join(names)[:100]  # file names have a limit
+    name = "-".join(names)
+    if len(name) > 100:  # file names have a limit; the hash tells long comparisons apart
+        name = f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 def check_writable(path):
     """Raise UserError now if a file could not be written later."""

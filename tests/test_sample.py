@@ -121,6 +121,11 @@ def test_comparisons_have_rows_with_names_and_files_of_their_own(tmp_path):
     assert np.array_equal(a, a_again) and np.array_equal(a, a_last) and np.array_equal(b, b_first)
     assert not np.array_equal(a, b)
 
+def test_long_comparisons_have_names_of_their_own():
+    paths = [f"runs/a-run-with-a-long-name/epoch_{i:04d}.pt" for i in range(12)]
+    names = {sample.comparison_name(paths[:n]) for n in (10, 11, 12)}
+    assert len(names) == 3 and max(map(len, names)) <= 100
+
 COLUMNS = (
     ([], 10, 8, list(range(10)) * 8),
     (["--n", "4"], 4, 1, [0, 1, 2, 3]),
