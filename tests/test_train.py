@@ -101,6 +101,12 @@ def test_checkpoint_contract(tmp_path):
     net.load_state_dict(small["ema"])  # no prefixes of wrappers, nothing missing
     assert not list(tmp_path.glob("*.tmp"))
 
+def test_grids_are_named_after_their_epoch_or_last(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(T, "save_grid", lambda *given: names.append(given[-1]))
+    train(tmp_path, "--epochs 2 --save-every 1 --max-steps 11")
+    assert names == ["0001", "last"]
+
 # ---- stops
 def test_ctrl_c_once_and_twice(capsys):
     """The first is noted and says what follows, on rank 0; the second stops at once.
