@@ -357,8 +357,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.out is None:
         first = Path(args.ckpt[0])
-        name = "samples.png" if len(args.ckpt) == 1 else f"samples_{comparison_name(args.ckpt)}.png"
-        args.out = (first if os.path.isdir(first) else first.parent) / name
+        name = "samples"
+        if len(args.ckpt) > 1:
+            name = f"samples_{comparison_name(args.ckpt)}"
+        elif first.suffix == ".pt" and first.stem != "last":  # another checkpoint of a run has a picture of its own
+            name = f"samples_{first.stem}"
+        args.out = (first if os.path.isdir(first) else first.parent) / f"{name}.png"
     suffix = args.out.suffix
     if len(args.ckpt) > 1 and suffix != ".png":
         parser.error("several checkpoints make the rows of one picture: give --out FILE.png")
@@ -437,20 +441,23 @@ def main(args):
         dist.barrier()  # all parts are written
         dist.destroy_process_group()
 
-    # 3. The parts become the output: it is whole, or is not there.
+    # 3. The parts become the output, which is written whole before it takes the place of an older file.
     if rank > 0:
         return
+    whole = parts / f"whole{kind}"
     blocks = ((parts / f"{row}_{i}").read_bytes() for row in range(len(models)) for i in range(0, n, BLOCK))
     if is_folder:
         os.rename(parts, args.out)
     elif kind == ".npz":
-        write_npz(args.out, blocks, (n, side, side, 3))
+        write_npz(whole, blocks, (n, side, side, 3))
     else:
         row_names = []
         if len(models) > 1:
             row_names = [f"{model.name}\n{describe(model.args)}" for model in models]
         images = torch.frombuffer(bytearray().join(blocks), dtype=torch.uint8).view(-1, side, side, 3)
-        draw_grid(images, columns, row_names, column_names).save(args.out)
+        draw_grid(images, columns, row_names, column_names).save(whole)
+    if not is_folder:
+        os.replace(whole, args.out)
     shutil.rmtree(parts, ignore_errors=True)
     print(f"wrote {args.out}")
 

@@ -61,13 +61,15 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; else images with a long text are
 
 # Width, depth, heads: [DiT] Tab. 1. tiny is our own, for a CPU.
 SIZES = {"tiny": (64, 6, 4), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-# Epochs (of pixels), batch, lr: [P] Tab. 11. EMA: Tab. 8. Head: [MoCo]. Warm-up (in epochs, see resolve_flags): ours.
+# [P] Tab. 8 and 11; epochs are those of its pixel networks, cl_hidden is [MoCo]'s. TINY is ours: warmup counts epochs
+# (see resolve_flags), cooldown is the share of all steps in which lr falls.
 PAPER = {"epochs": 2000, "batch": 1024, "lr": 2e-4, "ema": 0.9999, "warmup": 0, "cooldown": 0.0, "cl_hidden": 4096}
 TINY = {"epochs": 8, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 13, "cooldown": 0.3, "cl_hidden": 512}
 NEW_WEIGHTS = ("self_cond.",)  # what [P] adds to the official network
 SHARD = 4096  # images whose latents share a file
 BLOCK = 64  # images that are encoded together, with one seed
 STATISTICS = 2048  # images whose latents give mean and std
+STATISTICS_NOISE, LATENTS_NOISE = 0, 1  # streams of random numbers, not of --seed: runs share a cache
 RESOLUTIONS = {"shapes": 16, "cifar10": 32, "cifar100": 32}  # other data sets: 64, as latents 256
 LOG_EVERY = 10  # steps
 SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # so that tools notice an edit
@@ -245,14 +247,14 @@ class DiT(nn.Module):
         return h, feat, e_t
 
     def forward(self, x, t, y=None, aug=None, with_feat=False):
-        """Minus v_hat (B, C, H, W), see LatentRF, of its inputs x (B, C, H, W), t (B,); with_feat (it, feat, e_t).
+        """-v_hat (see LatentRF), (B, C, H, W), of x (B, C, H, W) at the time t (B,); with_feat adds feat, e_t.
         y: classes (B,), None is -1 for all. aug: None; the other scripts have an augmentation label.
         """
         prediction, feat, e_t = self.run(x, t, y, aug)
         return (prediction, feat, e_t) if with_feat else prediction
 
     def encode(self, x, t, y=None, aug=None):
-        """The encoder alone, up to --layer: feat (B, D) float32 and e_t (B, D)."""
+        """The pass up to --layer only: feat (B, D) float32 and e_t (B, D)."""
         _, feat, e_t = self.run(x, t, y, aug, stop=self.layer)
         return feat, e_t
 
@@ -330,7 +332,7 @@ class LatentRF(nn.Module):
         x_t, t = self.inputs(x0, level, noise)
         output, feat, e_t = net(x_t, t, y, aug, with_feat=True)
         v, v_hat = noise - x0, -output.float()
-        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: gradients explode at 0 with 1e-8
+        v_hat_unit = F.normalize(v_hat, dim=1, eps=0.1)  # DEVIATION: 1e-8 explodes gradients at v_hat = 0, the start
         cosine = (v_hat_unit * F.normalize(v, dim=1)).sum(1)  # (B, H, W)
         loss = F.mse_loss(v_hat, v) + (1 - cosine).mean()
         return loss, loss, (feat, e_t)
@@ -461,7 +463,9 @@ def find_images(split):
         names = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(NO_DATA)]
         found.setdefault(label, []).extend(f"{parent}/{name}" for name in names)
     if len(found) > 1:
-        found.pop("")  # pictures beside the class folders
+        beside = found.pop("")
+        if beside:
+            print(f"note: {len(beside)} pictures in {split} lie beside the class folders and are not used")
     return {label: sorted(found[label]) for label in sorted(found)}
 
 def list_images(root, split):
@@ -646,15 +650,16 @@ def vae_hash(path):
 
 @torch.no_grad()
 def encode_images(vae, files, resolution, seed):
-    """Draws from the posterior of images and mirror images, not normalised: (n, 2, z, h, w)."""
+    """Latents of images and mirror images, drawn from the VAE's posterior, not normalised: (n, 2, z, h, w)."""
     images = load_images(files, resolution)  # (n, 3, H, W)
     both = torch.stack([images, images.flip(3)], dim=1).flatten(0, 1)  # (2n, 3, H, W)
     device = vae.quant_conv.weight.device
-    posterior = []
-    for piece in both.split(16):
-        mean_std = vae.encode(to_x0(piece.to(device)))
-        posterior.append(torch.cat(mean_std, dim=1).cpu())
-    mean, std = torch.cat(posterior).chunk(2, dim=1)
+    means, stds = [], []
+    for piece in both.split(16):  # for memory
+        mean, std = vae.encode(to_x0(piece.to(device)))
+        means.append(mean.cpu())
+        stds.append(std.cpu())
+    mean, std = torch.cat(means), torch.cat(stds)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return (mean + std * noise).unflatten(0, (-1, 2))
 
@@ -669,7 +674,7 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, rows):
-        rows = torch.arange(len(self))[rows]  # of indices or a slice
+        rows = torch.arange(len(self))[rows]  # row numbers, of indices, a mask or a slice
         latents = torch.empty(len(rows), *self.shape[1:], dtype=torch.float16)
         for i, row in enumerate(rows.tolist()):
             latents[i] = self.parts[row // SHARD][row % SHARD]
@@ -678,12 +683,18 @@ class Shards:
     def to(self, device):
         return self if device.type == "cpu" else torch.cat([part.to(device) for part in self.parts])
 
-def latents_meta(args, device):
-    """What the latents of --cache-latents are: data, VA-VAE (its hash), mean and std, which are measured once."""
+def open_cache(args, device):
+    """Read meta.pt of --cache-latents, or make it: data, VA-VAE (its hash), mean and std, which are measured once.
+
+    Exits if it is of other latents. args.latents: the run's own, on --resume and in the tools, else {}.
+    """
     file, root = Path(args.cache_latents, "meta.pt"), Path(args.data, args.dataset)
     meta = {"dataset": args.dataset, "resolution": args.resolution, **args.latents}
-    if os.path.isfile(args.vae or ""):
+    has_vae = args.vae is not None and os.path.isfile(args.vae)
+    if has_vae:
         meta["vae"] = vae_hash(args.vae)
+        if args.latents and meta["vae"] != args.latents["vae"]:
+            fail(f"--vae {args.vae} is not the file that the run's latents were made with: give that one")
     if args.latent_stats and not args.latents:
         stats = read_checkpoint(args.latent_stats)
         if "mean" not in stats or "std" not in stats:
@@ -692,10 +703,11 @@ def latents_meta(args, device):
     if file.is_file():
         stored = read_checkpoint(file)
         for name, value in meta.items():
-            if stored[name] != value:
-                fail(f"{file.parent} holds latents of another {name} ({str(stored[name])[:40]}): choose another folder")
+            found = stored.get(name)
+            if found != value:
+                fail(f"{file.parent} holds latents of another {name} ({str(found)[:40]}): choose another folder")
         return stored
-    if not os.path.isfile(args.vae or "") or not (root / "train").is_dir():
+    if not has_vae or not (root / "train").is_dir():
         fail(f"{file.parent} holds no latents: to make them, give --vae FILE and {root}/train/<class>/*")
     samples, meta["classes"] = list_images(root, "train")
     meta.update(train=len(samples), test=len(list_images(root, "test")[0]))
@@ -703,7 +715,8 @@ def latents_meta(args, device):
         chosen = np.random.RandomState(0).permutation(len(samples))[:STATISTICS]
         files, vae = [samples[i][0] for i in chosen], load_vae(args.vae, device)
         blocks = tqdm(range(0, len(files), BLOCK), "mean and std of the latents", unit="block")
-        z = [encode_images(vae, files[i : i + BLOCK], args.resolution, stream_seed(0, i)) for i in blocks]
+        z = [encode_images(vae, files[i : i + BLOCK], args.resolution, stream_seed(STATISTICS_NOISE, i))
+             for i in blocks]
         z = torch.cat(z)  # (STATISTICS, 2, z, h, w)
         meta.update(mean=z.mean((0, 1, 3, 4)).tolist(), std=z.std((0, 1, 3, 4)).tolist())
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -718,25 +731,27 @@ def make_shards(args, meta, shards, device):
     mean, std = torch.tensor(meta["mean"]).view(-1, 1, 1), torch.tensor(meta["std"]).view(-1, 1, 1)
     samples = {}
     for split in ("train", "test"):
-        samples[split], _ = list_images(Path(args.data, args.dataset), split)
-        if len(samples[split]) != meta[split]:
-            fail(f"{args.cache_latents} was begun with {meta[split]} {split} images, there are {len(samples[split])}")
+        samples[split], classes = list_images(Path(args.data, args.dataset), split)
+        n = len(samples[split])
+        if (n, classes) != (meta[split], meta["classes"]):
+            fail(f"{args.cache_latents} was begun with {meta[split]} {split} images, there are {n}; or classes differ")
     for file, split, number in tqdm(shards, "encoding", unit=" shards"):
         part, z = samples[split][number * SHARD : (number + 1) * SHARD], []
         for i in range(0, len(part), BLOCK):
-            block = (number * SHARD + i) // BLOCK  # of the split
+            block = (number * SHARD + i) // BLOCK  # its number in the split
             files = [path for path, _ in part[i : i + BLOCK]]
-            z.append(encode_images(vae, files, args.resolution, stream_seed(1, int(split == "train"), block)))
+            seed = stream_seed(LATENTS_NOISE, int(split == "train"), block)
+            z.append(encode_images(vae, files, args.resolution, seed))
         x0 = ((torch.cat(z) - mean) / std).half()
         if not x0.isfinite().all():
             fail(f"--vae {args.vae} gives NaN or infinity on one of {part[0][0]} .. {part[-1][0]}")
         save_checkpoint(file, {"latents": x0, "labels": torch.tensor([label for _, label in part])})
 
 def load_latents(args, split):
-    """load_data of latents, normalised, (N, 2, z, h, w): image and mirror image. A shard that exists is finished."""
+    """load_data of latents, image and mirror image: (N, 2, z, h, w). Makes missing shards; fills in args.latents."""
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     with rank_zero_first():
-        meta = latents_meta(args, device)
+        meta = open_cache(args, device)
     shards = []  # [(file, split, number), ..]
     for name in ("train", "test"):
         for number in range(math.ceil(meta[name] / SHARD)):
@@ -761,7 +776,9 @@ def decoder(args, device, vae=None):
     if not args.cache_latents:
         return to_uint8
     path = vae or args.vae
-    if path is None or vae_hash(path) != args.latents["vae"]:
+    if path is None:
+        fail("give --vae FILE, the one that the latents were made with")
+    if vae_hash(path) != args.latents["vae"]:
         fail(f"--vae {path} is not the file that the latents were made with: give that one")
     net = load_vae(path, device)
     mean = torch.tensor(args.latents["mean"], device=device).view(-1, 1, 1)

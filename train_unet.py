@@ -604,7 +604,9 @@ def find_images(split):
         names = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(NO_DATA)]
         found.setdefault(label, []).extend(f"{parent}/{name}" for name in names)
     if len(found) > 1:
-        found.pop("")  # pictures beside the class folders
+        beside = found.pop("")
+        if beside:
+            print(f"note: {len(beside)} pictures in {split} lie beside the class folders and are not used")
     return {label: sorted(found[label]) for label in sorted(found)}
 
 def list_images(root, split):

@@ -235,7 +235,7 @@ class UViT(nn.Module):
         return (eps_hat, feat, e_t) if with_feat else eps_hat
 
     def encode(self, x, t, y=None, aug=None):
-        """The encoder alone, up to --layer: feat (B, D) float32 and e_t (B, D)."""
+        """The pass up to --layer only: feat (B, D) float32 and e_t (B, D)."""
         _, feat, e_t = self.run(x, t, y, aug, stop=self.layer)
         return feat, e_t
 
@@ -423,7 +423,9 @@ def find_images(split):
         names = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(NO_DATA)]
         found.setdefault(label, []).extend(f"{parent}/{name}" for name in names)
     if len(found) > 1:
-        found.pop("")  # pictures beside the class folders
+        beside = found.pop("")
+        if beside:
+            print(f"note: {len(beside)} pictures in {split} lie beside the class folders and are not used")
     return {label: sorted(found[label]) for label in sorted(found)}
 
 def list_images(root, split):

@@ -220,6 +220,8 @@ latents: mirror image not mirrored | torch.stack([images, images<<.flip(3) => >>
 latents: statistics of the test split | << => samples = list_images(root, "test")[0]\n        >>chosen = np.random
 latents: statistics of the first images | chosen = <<np.random.RandomState(0).permutation => range>>(len(samples))
 latents: decoded as they are | net.decode(piece<< * std + mean => >>)
+latents: a begun cache goes on with other classes | if (n<<, classes => >>) != (meta[split]<<, meta["classes"] => >>):
+latents: another VA-VAE in the run's place | if <<args.latents and meta["vae"] != args.latents["vae"] => False>>:
 latents: always the first shard | self.parts[<<row // SHARD => 0>>]
 """,
     "sample.py": r"""

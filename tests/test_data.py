@@ -79,6 +79,7 @@ def test_folders(case, tmp_path, capsys):
     else:
         images, labels, classes = load(tmp_path, split)
         assert len(images) == len(labels) == result and (len(classes) == 0) == (case == "no classes")
+        assert ("beside the class folders" in capsys.readouterr().out) == (case == "a picture beside the classes")
 
 def test_tiny_imagenet_layout(tmp_path, capsys):
     """Its test split is val/, labelled by a table; the official test/ has no labels."""

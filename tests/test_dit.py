@@ -250,6 +250,10 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
     torch.save(D.VAE(32, 4).state_dict(), tmp_path / "other.pt")
     torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, tmp_path / "stats.pt")
     vae = ["--vae", pictures[1][-1]]
+    renamed = tmp_path / "renamed/pics"
+    shutil.copytree(images, renamed)
+    for split in ("train", "test"):
+        (renamed / split / "b").rename(renamed / split / "0b")
     for folder, more, lost, says in (
         (whole, ["--vae", tmp_path / "other.pt"], None, "latents of another vae"),
         (whole, ["--latent-stats", tmp_path / "stats.pt"], None, "latents of another mean"),
@@ -257,6 +261,7 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
         (whole, ["--resolution", "64"], None, "latents of another resolution (32)"),
         (begun, ["--vae", tmp_path / "none.pt"], None, "none.pt does not exist"),
         (begun, [], None, "is not complete: give --vae FILE"),
+        (begun, [*vae, "--data", tmp_path / "renamed"], None, "there are 150; or classes differ"),
         (begun, vae, "test/a/0.png", "was begun with 20 test images, there are 19"),
         (begun, vae, "train/a/0.png", "was begun with 150 train images, there are 149"),
     ):
@@ -265,7 +270,7 @@ def test_a_cache_is_not_mixed_up(pictures, cached, tmp_path, capsys):
         assert says in refused(capsys, open_cache, folder, *pictures[1][:-2], "--data", tmp_path / "data", *more)
     assert content(begun) == before
 
-def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
+def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path, capsys):
     """The VA-VAE, whose work is done, may be gone; the probe finds the latents by --data."""
     folder = shutil.copytree(cached[1], tmp_path / "moved")
     shutil.copy(pictures[1][-1], tmp_path / "vae.pt")
@@ -274,6 +279,9 @@ def test_a_run_goes_on_where_its_latents_have_moved(pictures, cached, tmp_path):
     (tmp_path / "vae.pt").unlink()
     assert train(out, *flags, folder, "--max-steps", "2", "--resume")[-1]["step"] == load(out)["step"] == 2
     run(probe, out, "--data", folder, "--epochs", "1", "--batch", "16")
+    torch.save(D.VAE(32, 4).state_dict(), tmp_path / "vae.pt")  # another one in its place
+    says = refused(capsys, train, out, *flags, tmp_path / "new", "--max-steps", "3", "--resume")
+    assert "is not the file that the run's latents were made with" in says and not (tmp_path / "new").exists()
 
 @pytest.mark.slow
 def test_public_weights_become_a_checkpoint(pictures, cached, tmp_path):

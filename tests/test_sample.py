@@ -140,7 +140,7 @@ def test_a_class_has_a_column_with_its_name(tmp_path, capsys, monkeypatch, flags
     monkeypatch.setattr(sample, "class_labels", lambda *args, **kw: drawn.append(draw(*args, **kw)) or drawn[-1])
     run(sample, make_checkpoint(tmp_path / "a.pt", train_uvit, *UVIT), "--steps", 1, *flags)
     assert drawn[-1].tolist() == labels if labels else len(set(drawn[-1].tolist())) > 5
-    picture, named = np.asarray(Image.open(tmp_path / "samples.png")), bool(labels) and len(set(labels)) > 1
+    picture, named = np.asarray(Image.open(tmp_path / "samples_a.png")), bool(labels) and len(set(labels)) > 1
     top = len(picture) - (rows * 66 + 2)
     assert picture.shape[1] == columns * 66 + 2 and (0 < top < 40) == named and (top == 0) != named
     for column in range(columns if named else 0):
@@ -216,15 +216,18 @@ def test_ctrl_c_is_one_line(capsys):
         sample.run_tool(interrupt, None)
     assert stop.value.code == 130 and capsys.readouterr().err.strip() == "error: stopped by Ctrl-C"
 
-@pytest.mark.parametrize("name", ["a.npz", "a.png", "folder"])
-def test_a_full_disk_is_one_line(tmp_path, capsys, name):
+@pytest.mark.parametrize(("name", "limit"), [("a.npz", 1700), ("a.png", 1700), ("folder", 500)])
+def test_a_full_disk_is_one_line_and_an_older_file_stays(tmp_path, capsys, name, limit):
+    """Two images of 768 bytes fit, but not the file that they become."""
     path, limits = unet(tmp_path / "a.pt"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    if name != "folder":
+        (tmp_path / name).write_text("old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         line = refused(capsys, run, sample, path, "--n", 2, "--steps", 1, "--out", tmp_path / name)
     finally:  # before pytest writes on
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "File too large" in line
+    assert "File too large" in line and (name == "folder" or (tmp_path / name).read_text() == "old")
 
 def test_random_labels_are_drawn_apart_from_the_noise():
     """Evenly over classes, by (seed, i) alone, and not from the numbers of image i's noise."""
