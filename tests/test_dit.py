@@ -145,7 +145,6 @@ def draws(vae, files, seed):
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return (mean + std * noise).unflatten(0, (-1, 2))
 
-@pytest.mark.slow
 def test_cache_equals_a_replay_and_needs_neither_images_nor_vae(pictures, cached, tmp_path):
     """Two shards, of 128 images in two blocks and of 22; 100 images for the statistics. The sizes are smaller here."""
     assert SIZES == (4096, 64, 2048)

@@ -273,9 +273,10 @@ def test_a_checkpoint_is_scored_against_its_own_training_set(monkeypatch, tmp_pa
     monkeypatch.setattr(fid, "load_inception", lambda *_: FakeInception())
     monkeypatch.setattr(fid, "frechet_distance", lambda *_: 9.0)  # 2048 eigenvalues take seconds
     make_checkpoint(tmp_path / "last.pt", train_dit, "--size", "tiny", "--cond", "--data", tmp_path / "data")
-    run(fid, tmp_path, "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
+    run(fid, tmp_path, tmp_path / "last.pt", "--n", 2, "--steps", 2, "--allow-few", "--json", tmp_path / "fid.json")
     file = json.loads((tmp_path / "fid.json").read_text())
-    result, = file["results"]
+    result, other = file["results"]
+    assert result == other | {"samples": str(tmp_path)}
     want = {"fid": 9, "n": 2, "samples": str(tmp_path), "checkpoint": str(tmp_path / "last.pt"), "weights": "ema",
             "epoch": 3, "step": 9, "seed": 0, "amp": "off", "steps": 2, "labels": ["balanced"], "cfg": 1.5}  # fmt: skip
     assert {key: result.get(key) for key in want} == want

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,15 @@ def test_a_class_has_a_column_with_its_name(tmp_path, capsys, monkeypatch, flags
         assert picture[:top, 66 * column : 66 * column + 66].min() < 100  # letters
     assert ("labels [3]" in capsys.readouterr().out) == (labels == [3] * 4)
 
+def test_columns_of_several_models_are_named_where_all_draw_the_same_classes():
+    def columns(*models):
+        models = [SimpleNamespace(net=SimpleNamespace(classes=n), args=SimpleNamespace(classes=c)) for n, c in models]
+        return sample.plan_grid(models, ["balanced"] * len(models), 4)
+
+    assert columns((2, ["a", "b"]), (2, ["a", "b"])) == (4, 4, ["a", "b", "a", "b"])
+    for other in ((2, ["c", "d"]), (0, ["a", "b"])):
+        assert columns((2, ["a", "b"]), other) == (4, 4, [])
+
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(tmp_path):
     path, flags = unet(tmp_path / "a.pt"), ["--n", "300", "--steps", "1"]  # two blocks
@@ -229,8 +239,10 @@ def test_a_full_disk_is_one_line_and_an_older_file_stays(tmp_path, capsys, name,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in line and (name == "folder" or (tmp_path / name).read_text() == "old")
 
-def test_random_labels_are_drawn_apart_from_the_noise():
-    """Evenly over classes, by (seed, i) alone, and not from the numbers of image i's noise."""
+def test_labels_follow_from_the_index():
+    """In turn; random ones evenly over classes, by (seed, i) alone, and not from the numbers of image i's noise."""
+    assert sample.class_labels(range(256, 260), 10, "balanced", 0).tolist() == [6, 7, 8, 9]
+    assert sample.class_labels(range(256, 260), 10, [7, 2, 3], 0).tolist() == [2, 3, 7, 2]
     labels = sample.class_labels(range(3000), 10, "random", seed=5)
     assert labels[20:].equal(sample.class_labels(range(20, 3000), 10, "random", seed=5))
     assert not labels.equal(sample.class_labels(range(3000), 10, "random", seed=6))

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, check_resumed, load, make_folder, metrics, refused, run
+from conftest import ROOT, check_resumed, load, make_folder, metrics, refused, run, spy
 
 import train_unet as T
 
@@ -132,6 +132,17 @@ def test_ctrl_c_once_and_twice(capsys):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+def test_a_single_process_stops_after_its_step(tmp_path, monkeypatch):
+    def stop(args, step, *_):
+        if step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+
+    spy(monkeypatch, T, "learning_rate", stop)
+    monkeypatch.setattr(T, "LOG_EVERY", 10)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, "--max-steps 9")
+    assert end.value.code == 128 + signal.SIGUSR1 and load(tmp_path)["step"] == 3
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 @pytest.mark.parametrize("name", ["train_unet", "train_uvit", "train_dit"])
