@@ -156,6 +156,11 @@ def test_columns_of_several_models_are_named_where_all_draw_the_same_classes():
     assert columns((2, ["a", "b"]), (2, ["a", "b"])) == (4, 4, ["a", "b", "a", "b"])
     for other in ((2, ["c", "d"]), (0, ["a", "b"])):
         assert columns((2, ["a", "b"]), other) == (4, 4, [])
+    assert columns((6, [*"abcdef"])) == (4, 4, [*"abcd"])
+
+def test_a_word_is_a_class_name_before_it_is_a_number():
+    model = SimpleNamespace(net=SimpleNamespace(classes=3), args=SimpleNamespace(classes=["2", "0", "x"]))
+    assert sample.parse_labels(["2", "1", "x"], model) == [0, 1, 2]
 
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(tmp_path):
