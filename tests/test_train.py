@@ -121,9 +121,9 @@ def test_ctrl_c_once_and_twice(capsys):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for rank in (1, 0):
             received = T.catch_stop_signals(rank)
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGINT)
-            assert received == [signal.SIGTERM, signal.SIGINT]
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # a scheduler may send it twice
+                signal.raise_signal(number)
+            assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
             said = capsys.readouterr().err
             assert said.strip() == ("finishing this step, then saving; once more to stop at once" if rank == 0 else "")
             with pytest.raises(KeyboardInterrupt):
